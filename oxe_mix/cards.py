@@ -1,0 +1,317 @@
+"""Dataset cards: one YAML file per dataset says where it lies and what its numbers mean. Nothing of it is in code.
+
+A card is checked twice: its form when it is read, its keys and widths against the dataset's own features.json when
+that is at hand. Both kinds of fault are reported with the card's file and line.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from oxe_mix.errors import UserError, did_you_mean
+from oxe_mix.rlds import Feature, FeatureTree, Key
+
+SHIPPED = Path(__file__).parent / "cards"
+
+# The closed vocabulary. `convert/ops.py` implements each in NumPy; `../shared`-free definitions are in docs/cards.md.
+OpName = Literal[
+    "cast_float",
+    "clip01",
+    "invert",
+    "binarize",
+    "rel2abs",
+    "quat_to_euler",
+    "next_state_delta",
+    "inflate_zlib_f32",
+]
+TrajectoryOp = Literal["drop_first_step", "drop_last_step"]
+LanguageDecode = Literal["utf8", "int32_codepoints"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Slice(_Strict):
+    """Columns a to b - 1 of the last axis, with the usual negative indices; b null means to the end."""
+
+    slice: tuple[int, int | None]
+
+
+class KeyTerm(_Strict):
+    """Columns read from one feature of a step, ops applied left to right."""
+
+    key: Key = Field(min_length=1)
+    ops: tuple[OpName | Slice, ...] = ()
+
+
+class FillTerm(_Strict):
+    """A constant block of `dims` columns."""
+
+    fill: float
+    dims: int = Field(gt=0)
+
+
+Term = KeyTerm | FillTerm
+
+
+class Cameras(_Strict):
+    """Feature names below `observation`, null where the dataset has no such camera."""
+
+    primary: str | None = None
+    secondary: str | None = None
+    wrist: str | None = None
+
+
+class State(_Strict):
+    """The robot's own state vector, joined on the last axis."""
+
+    encoding: str
+    parts: tuple[Term, ...] = ()
+
+
+class Action(_Strict):
+    """The recipe that turns recorded steps into the action vector, gripper last (1 open, 0 closed)."""
+
+    encoding: str
+    dims: int = Field(gt=0)
+    recipe: tuple[Term, ...]
+    trajectory_before: tuple[TrajectoryOp, ...] = ()
+    trajectory_after: tuple[TrajectoryOp, ...] = ()
+
+    @model_validator(mode="after")
+    def _delta_needs_drop(self) -> Action:
+        ops = [op for term in self.recipe if isinstance(term, KeyTerm) for op in term.ops]
+        if "next_state_delta" in ops and "drop_last_step" not in self.trajectory_after:
+            raise ValueError("next_state_delta has no value for the last step; add trajectory_after: [drop_last_step]")
+        return self
+
+
+class Language(_Strict):
+    """Where the instruction is and how its bytes become text."""
+
+    key: Key
+    decode: LanguageDecode
+
+
+class Defect(_Strict):
+    """Something known to be wrong with the data, and who says so."""
+
+    what: str
+    source: str
+
+
+class Card(_Strict):
+    """All that is known of one dataset."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
+    aliases: tuple[str, ...] = ()
+    version: str
+    source: str | None = None  # only where it is not in the mix's bucket
+    robot: str
+    control_hz: float | None  # null: unknown
+    license: str  # of the data; "unknown" where no source states it
+    episodes: dict[str, int] = {}  # per split, as the catalog lists them
+    size_gib: float | None = None
+    cameras: Cameras
+    depth: Cameras = Cameras()
+    state: State
+    action: Action
+    action_kind: Literal["delta", "absolute"]  # decides what stands past an episode's end when answers are chunks
+    language: Language
+    normalise_mask: tuple[bool, ...]
+    mods: tuple[str, ...] = ()  # advice: applied only when a mix asks for them
+    notes: tuple[str, ...] = ()
+    defects: tuple[Defect, ...] = ()
+
+    @model_validator(mode="after")
+    def _mask_covers_action(self) -> Card:
+        if len(self.normalise_mask) != self.action.dims:
+            raise ValueError(f"normalise_mask has {len(self.normalise_mask)} entries, action.dims is {self.action.dims}")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The card's name and its aliases: what a folder of this dataset may be called."""
+        return (self.name, *self.aliases)
+
+    @property
+    def camera_key(self) -> Key:
+        """The camera of single-camera data: the primary one, else the wrist; never an invented frame."""
+        name = self.cameras.primary or self.cameras.wrist
+        if name is None:
+            raise UserError(f"card {self.name}: neither a primary nor a wrist camera")
+        return ("observation", name)
+
+
+class Cards:
+    """Cards by name and alias."""
+
+    def __init__(self, cards: list[Card], files: dict[str, Path]) -> None:
+        self.by_name = {card.name: card for card in cards}
+        self._any_name = {name: card for card in cards for name in card.names}
+        self._files = files
+
+    def get(self, name: str) -> Card:
+        """The card of a dataset, by its name or an alias.
+
+        Raises: UserError with the closest known name.
+        """
+        if name not in self._any_name:
+            raise UserError(f"no dataset called {name!r}{did_you_mean(name, list(self._any_name))}")
+        return self._any_name[name]
+
+    def find(self, name: str) -> Card | None:
+        """The card of a dataset, or None."""
+        return self._any_name.get(name)
+
+    def check_against(self, card: Card, tree: FeatureTree, where: str) -> None:
+        """Prove that a card fits a dataset's own features.json; `where` names that file in the message.
+
+        Raises: UserError with the card's file and line for a key that is not there or a width that does not come out.
+        """
+        problem = _first_misfit(card, tree)
+        if problem:
+            loc, text = problem
+            file = self._files[card.name]
+            raise UserError(f"{file}:{_line_of(file, loc)}: {text} ({where})")
+
+
+def load_cards(extra: Path | None = None) -> Cards:
+    """Read the shipped cards and those in the folder `extra`, which win over shipped ones of the same name."""
+    files = sorted(SHIPPED.glob("*.yaml"))
+    if extra is not None:
+        if not extra.is_dir():
+            raise UserError(f"{extra}: no such folder of cards")
+        files += sorted(extra.glob("*.yaml"))
+    cards: dict[str, Card] = {}
+    origin: dict[str, Path] = {}
+    for file in files:
+        card = load_card(file)
+        cards[card.name], origin[card.name] = card, file
+    return Cards(list(cards.values()), origin)
+
+
+@functools.cache
+def load_card(file: Path) -> Card:
+    """Read one card.
+
+    Raises: UserError with file and line for the first thing that is wrong.
+    """
+    raw = load_yaml(file)
+    try:
+        card = Card.model_validate(raw)
+    except ValidationError as error:
+        loc, text = _readable(error)
+        raise UserError(f"{file}:{_line_of(file, loc)}: {'.'.join(map(str, loc))}: {text}") from error
+    if card.name != file.stem:
+        raise UserError(f"{file}:{_line_of(file, ('name',))}: the file is {file.stem}.yaml but name is {card.name}")
+    return card
+
+
+def load_yaml(file: Path) -> Any:
+    """Read a YAML file; the user's mistakes become one line with the place."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
+
+
+def op_width(width: int, op: OpName | Slice) -> int:
+    """Columns that an op makes of `width` columns.
+
+    Raises: ValueError when the op does not take that many.
+    """
+    if isinstance(op, Slice):
+        out = len(range(width)[slice(*op.slice)])
+        if out == 0:
+            raise ValueError(f"slice {list(op.slice)} of {width} columns is empty")
+        return out
+    if op == "quat_to_euler":
+        if width != 4:
+            raise ValueError(f"quat_to_euler takes 4 columns, there are {width}")
+        return 3
+    if op in ("binarize", "rel2abs") and width != 1:
+        raise ValueError(f"{op} takes one gripper column, there are {width}")
+    return width
+
+
+def _first_misfit(card: Card, tree: FeatureTree) -> tuple[tuple[str | int, ...], str] | None:
+    """Where and why a card does not fit a feature tree; None when it fits."""
+    for group in ("cameras", "depth"):
+        for role, name in getattr(card, group).model_dump().items():
+            key = ("observation", name)
+            if name is not None and (key not in tree.step or tree.step[key].kind not in ("image", "tensor")):
+                return (group, role), f"no image feature {'/'.join(key)}"
+    if card.language.key not in tree.step:
+        return ("language", "key"), f"no feature {'/'.join(card.language.key)}"
+    total = 0
+    for at, terms in ((("action", "recipe"), card.action.recipe), (("state", "parts"), card.state.parts)):
+        for i, term in enumerate(terms):
+            try:
+                width = term.dims if isinstance(term, FillTerm) else _key_width(term, tree.step)
+            except ValueError as error:
+                return (*at, i), str(error)
+            total += width if at[0] == "action" else 0
+    if total != card.action.dims:
+        return ("action", "dims"), f"the recipe comes to {total} columns, dims says {card.action.dims}"
+    return None
+
+
+def _key_width(term: KeyTerm, leaves: dict[Key, Feature]) -> int:
+    name = "/".join(term.key)
+    if term.key not in leaves:
+        raise ValueError(f"no feature {name}")
+    width = leaves[term.key].width
+    if width is None:
+        raise ValueError(f"{name} is no vector of numbers")
+    for op in term.ops:
+        width = op_width(width, op)
+    return width
+
+
+def _readable(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+    """The first problem of a validation error: its place in the file, and what is wrong in our words."""
+    problems = sorted(error.errors(), key=lambda problem: -len(problem["loc"]))
+    first = problems[0]
+    # The names of union branches ("KeyTerm", "Slice") are no part of the file.
+    loc = tuple(part for part in first["loc"] if not (isinstance(part, str) and part[:1].isupper()) and "[" not in str(part))
+    match first["type"]:
+        case "literal_error":
+            text = f"{first['input']!r} is unknown; allowed: {first['ctx']['expected']}"
+        case "extra_forbidden":
+            text = "unknown key"
+        case "missing":
+            text = "missing"
+        case _:
+            text = first["msg"].removeprefix("Value error, ")
+    return loc, text
+
+
+def _line_of(file: Path, loc: tuple[str | int, ...]) -> int:
+    """The line of `loc` in a YAML file, or of the nearest thing above it that is there."""
+    node = yaml.compose(file.read_text(encoding="utf-8"))
+    line = 1
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((key, value) for key, value in node.value if key.value == part), None)
+            if found is None:
+                return line
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line

@@ -1,0 +1,89 @@
+"""The `oxe-mix` command: reads the options, calls the stage, prints what came of it. Nothing is decided here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oxe_mix import __version__
+from oxe_mix.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Open X-Embodiment fractions in, a vision-language-action model out.",
+)
+
+Mix = Annotated[Path, typer.Option(help="Mix file; a bare name is looked up in mixtures/.")]
+CardsFolder = Annotated[Path | None, typer.Option("--cards", help="Folder with your own dataset cards.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core if not given.")]
+
+
+@app.command()
+def download(
+    mix: Mix,
+    out: Annotated[Path, typer.Option(help="Folder for the datasets and their lock.")] = Path("data"),
+    source: Annotated[str | None, typer.Option(help="Read all datasets from here, whatever the mix says.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only read metadata and print the plan.")] = False,
+    cards: CardsFolder = None,
+    workers: Workers = None,
+) -> None:
+    """Fetch the fraction of each dataset that a mix asks for, record by record proved, as valid RLDS."""
+    from oxe_mix.stage1 import run_download
+
+    raise typer.Exit(run_download(mix, out, source=source, dry_run=dry_run, cards_folder=cards, workers=workers))
+
+
+@app.command()
+def convert(  # noqa: PLR0913 - one parameter per option of the command line
+    to: Annotated[str, typer.Option(help="Output format.")] = "llava",
+    mix: Annotated[Path | None, typer.Option(help="Mix file; if not given, the one that was downloaded.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder of RLDS datasets.")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="Folder for conversations, images and the action codec.")] = Path("llava"),
+    val_fraction: Annotated[float, typer.Option(help="Share of the episodes to hold out, in [0, 1).")] = 0.0,
+    cards: CardsFolder = None,
+    workers: Workers = None,
+) -> None:
+    """Turn RLDS into conversations with action tokens; frames are copied as they are."""
+    from convert.stage2 import ConvertOptions, run_convert
+
+    options = ConvertOptions(to=to, mix=mix, data=data, out=out, val_fraction=val_fraction, cards=cards, workers=workers)
+    raise typer.Exit(run_convert(options))
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Option(help="Folder for the bucket.")],
+    episodes: Annotated[int, typer.Option(min=6, help="Episodes in all, spread over six datasets.")] = 240,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    workers: Workers = None,
+) -> None:
+    """Make an Open-X bucket of our own: six datasets in their true layouts, showing a tabletop world one can learn."""
+    from oxe_mix.synth.bucket import run_synth
+
+    raise typer.Exit(run_synth(out, episodes=episodes, seed=seed, workers=workers))
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"oxe-mix {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's is one line and exit 2, a bug of ours keeps its traceback."""
+    try:
+        app()
+    except UserError as error:
+        for line in str(error).splitlines():
+            typer.echo(f"error: {line}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A mix: which datasets, how much of each, and how often training draws from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from oxe_mix.cards import Cards, load_yaml
+from oxe_mix.errors import UserError, did_you_mean
+from oxe_mix.rlds import SAFE_NAME
+
+# The shipped mixes stand beside the packages in a checkout; a bare name is looked up there.
+MIXTURES = Path(__file__).parent.parent / "mixtures"
+OPEN_X_BUCKET = "gs://gresearch/robotics"
+
+
+class DatasetSpec(BaseModel):
+    """One split of one dataset: an exact RLDS build, the share of it to keep and its weight in training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    version: str  # exact, "0.1.0": with "latest", one mix would give two different downloads
+    split: str = "train"
+    fraction: float  # share of the split's episodes (not shards, bytes or steps), at least one episode
+    # P(dataset) in training is proportional to weight x its written samples; 1 everywhere is one pass over all of them.
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    source: str | None = None  # where this dataset lies, when not in the mix's source
+
+    @field_validator("name", "version", "split")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        if not SAFE_NAME.fullmatch(value):
+            raise ValueError(f"{value!r} is no name for a folder; only letters, digits, '-', '_' and '.'")
+        return value
+
+    @field_validator("fraction")
+    @classmethod
+    def _is_a_share(cls, value: float) -> float:
+        if not 0 < value <= 1:
+            hint = f"; write {value:g} percent as {value / 100:g}" if 1 < value <= 100 else ""
+            raise ValueError(f"{value:g} is not in (0, 1]{hint}")
+        return value
+
+
+class Mix(BaseModel):
+    """What `oxe-mix download` fetches and `oxe-mix convert` weighs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    seed: int = 0
+    source: str = OPEN_X_BUCKET
+    datasets: tuple[DatasetSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Mix:
+        seen = [(spec.name, spec.split) for spec in self.datasets]
+        twice = next((pair for pair in seen if seen.count(pair) > 1), None)
+        if twice:
+            raise ValueError(f"{twice[0]}, split {twice[1]}, stands here twice; add the fractions or weights up")
+        weights: dict[str, float] = {}
+        for spec in self.datasets:
+            if weights.setdefault(spec.name, spec.weight) != spec.weight:
+                raise ValueError(f"{spec.name} has two weights; all splits of a dataset share one")
+        return self
+
+    def with_source(self, source: str) -> Mix:
+        """The same mix read from one other place, whatever each dataset says."""
+        datasets = tuple(spec.model_copy(update={"source": None}) for spec in self.datasets)
+        return self.model_copy(update={"source": source, "datasets": datasets})
+
+    def source_of(self, spec: DatasetSpec) -> str:
+        """Where a dataset of this mix is read from."""
+        return (spec.source or self.source).rstrip("/")
+
+
+def load_mix(mix: Path, cards: Cards) -> Mix:
+    """Read a mix file; a bare file name that is not in the working folder is looked up in mixtures/.
+
+    Raises: UserError, one line per problem, for a file that is missing or does not say a valid mix.
+    """
+    file = find_mix(mix)
+    raw = load_yaml(file)
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: a mix is a mapping with name and datasets")
+    try:
+        return _with_card_names(Mix.model_validate(raw), cards, file)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{file}: {problem}" for problem in _problems(error))) from error
+
+
+def find_mix(mix: Path) -> Path:
+    """The file that `--mix` means."""
+    if mix.exists() or mix.parent != Path():
+        return mix
+    shipped = MIXTURES / mix
+    if not shipped.exists():
+        known = sorted(path.name for path in MIXTURES.glob("*.yaml"))
+        raise UserError(f"{mix}: no such file here or in mixtures/{did_you_mean(str(mix), known)}")
+    return shipped
+
+
+def _with_card_names(mix: Mix, cards: Cards, file: Path) -> Mix:
+    """Every name becomes its card's name, so that an alias and the name are one dataset everywhere after this."""
+    specs = []
+    for i, spec in enumerate(mix.datasets):
+        try:
+            card = cards.get(spec.name)
+        except UserError as error:
+            raise UserError(f"{file}: datasets.{i}.name: {error}") from error
+        specs.append(spec.model_copy(update={"name": card.name, "source": spec.source or card.source}))
+    return Mix.model_validate({**mix.model_dump(), "datasets": [spec.model_dump() for spec in specs]})
+
+
+def _problems(error: ValidationError) -> list[str]:
+    known = {**Mix.model_fields, **DatasetSpec.model_fields}
+    return [f"{'.'.join(map(str, problem['loc'])) or 'mix'}: {_in_our_words(problem, known)}" for problem in error.errors()]
+
+
+def _in_our_words(problem: Any, known: dict[str, Any]) -> str:
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key{did_you_mean(str(problem['loc'][-1]), list(known))}"
+        case "missing":
+            return "missing"
+        case "too_short":
+            return "names no dataset"
+        case _:
+            return str(problem["msg"]).removeprefix("Value error, ")

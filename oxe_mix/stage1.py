@@ -1,0 +1,109 @@
+"""What `oxe-mix download` does, in order, and what it prints."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from oxe_mix.cards import load_cards
+from oxe_mix.download import SplitPlan, clean_up, finish_download, locked_files, note_locked, plan_download, shard_tasks
+from oxe_mix.errors import UserError
+from oxe_mix.files import folder_lock
+from oxe_mix.lock import Lock, read_lock, refuse_other_mix, write_lock
+from oxe_mix.mix import Mix, load_mix
+from oxe_mix.text import count, say, size, table
+
+
+def run_download(  # noqa: PLR0913 - one parameter per option of the command line
+    mix_file: Path, out: Path, *, source: str | None, dry_run: bool, cards_folder: Path | None, workers: int | None
+) -> int:
+    """Download a mix into a folder.
+
+    Returns: the exit code: 0 when all that was asked is there, 1 when shards are missing.
+    Raises: UserError for what the user can mend.
+    """
+    cards = load_cards(cards_folder)
+    mix = load_mix(mix_file, cards)
+    if source is not None:
+        mix = mix.with_source(_absolute(source))
+    if dry_run:
+        say(_plan_table(plan_download(mix, cards), out))
+        return 0
+    with folder_lock(out, "download"):
+        lock = read_lock(out)
+        if lock is not None:
+            refuse_other_mix(out, lock, mix)
+            if lock.complete and lock.mix == mix and _all_there(lock, out):
+                say(f"{out}: mix {mix.name!r} is already here, whole; nothing to do\nnext: {_next(out)}")
+                return 0
+        plans = plan_download(mix, cards)
+        say(_plan_table(plans, out))
+        return _fetch_and_finish(mix, plans, out, lock, workers)
+
+
+def _fetch_and_finish(mix: Mix, plans: list[SplitPlan], out: Path, lock: Lock | None, workers: int | None) -> int:
+    from pipelines.download import fetch_all
+
+    start = time.monotonic()
+    tasks = shard_tasks(plans, out)
+    if lock is None:
+        write_lock(out, Lock(complete=False, mix=mix))
+    else:
+        note_locked(tasks, lock)
+    reports, failures = fetch_all(tasks, workers)
+    if failures:
+        for failure in failures:
+            print(f"error: {failure}", file=sys.stderr)
+        say(f"{len(reports)} of {count(len(tasks), 'shard')} fetched; the next run fetches only the missing ones")
+        return 1
+    # From here on names change, so until the new lock is written no reader may take the folder for whole.
+    write_lock(out, Lock(complete=False, mix=mix))
+    done = finish_download(mix, plans, tasks, reports, out)
+    write_lock(out, done)
+    clean_up(out)
+    say(_summary(plans, [r.num_bytes for r in reports if r.fetched], reports, time.monotonic() - start))
+    say(f"result: {out}\nnext: {_next(out)}")
+    return 0
+
+
+def _all_there(lock: Lock, data: Path) -> bool:
+    return all(file.exists() and file.stat().st_size == shard.num_bytes for file, shard in locked_files(lock, data))
+
+
+def _plan_table(plans: list[SplitPlan], out: Path) -> str:
+    rows = [
+        (
+            plan.spec.name,
+            plan.spec.split,
+            f"{plan.episodes:,} of {plan.split.num_episodes:,}",
+            f"{len(plan.picks)} of {len(plan.split.shard_lengths)}",
+            size(plan.estimated_bytes),
+        )
+        for plan in plans
+    ]
+    total = sum(plan.estimated_bytes for plan in plans)
+    rows.append(("total", "", f"{sum(p.episodes for p in plans):,}", str(sum(len(p.picks) for p in plans)), size(total)))
+    free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
+    if total > free:
+        raise UserError(f"{out}: the mix needs about {size(total)}, the disk has {size(free)} free; lower the fractions")
+    return f"{table(('dataset', 'split', 'episodes', 'shards', 'about'), rows)}\ndisk free: {size(free)}"
+
+
+def _summary(plans: list[SplitPlan], fetched: list[int], reports: list[object], seconds: float) -> str:
+    asked = sum(plan.episodes for plan in plans)
+    return (
+        f"asked {count(asked, 'episode')} in {count(len(reports), 'shard')}, done {asked:,}, dropped 0; "
+        f"{size(sum(fetched))} fetched in {count(len(fetched), 'shard')}, {seconds:.1f} s"
+    )
+
+
+def _absolute(source: str) -> str:
+    """A folder given relative to the working folder means the same place wherever the lock is read later."""
+    return source if "://" in source else str(Path(source).resolve())
+
+
+def _next(out: Path) -> str:
+    return f"oxe-mix convert --to llava --data {out}"
+

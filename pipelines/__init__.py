@@ -1,0 +1,1 @@
+"""Beam graphs: wiring only. What a shard or a conversation is lives in the stages."""

@@ -1,0 +1,49 @@
+"""How a Beam graph is run on this machine, and how its small results come back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
+
+
+def run_and_collect(
+    build: Callable[[beam.Pipeline], beam.PCollection[dict[str, Any]]], workers: int
+) -> list[dict[str, Any]]:
+    """Run a graph whose end is a collection of small JSON objects, and return them, in no order.
+
+    The graph runs in this process, or in as many worker processes as asked. The runner is named: plain DirectRunner in
+    Beam 2.77 first tries to start Prism, which may download a binary.
+    """
+    # Beam tells every change of its workers' state at INFO and WARNING; what matters reaches the user as an exception.
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    processes = None
+    if workers > 1:
+        processes = SubprocessSDKEnvironment.from_command_string(f"{shlex.quote(sys.executable)} -m pipelines.worker")
+    options = PipelineOptions([f"--direct_num_workers={workers}"])
+    with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder:
+        file = Path(folder) / "reports.json"
+        with beam.Pipeline(runner=FnApiRunner(default_environment=processes), options=options) as pipeline:
+            _ = build(pipeline) | beam.combiners.ToList() | beam.Map(_write, str(file))
+        return list(json.loads(file.read_text()))
+
+
+def default_workers(num_tasks: int) -> int:
+    """One per core, but no more than there are tasks: a worker process costs two seconds to start."""
+    return max(1, min(len(os.sched_getaffinity(0)), num_tasks))
+
+
+def _write(reports: list[dict[str, Any]], file: str) -> None:
+    Path(file).write_text(json.dumps(reports))
+
