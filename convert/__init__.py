@@ -1,0 +1,1 @@
+"""Stage 2: RLDS in, conversations with action tokens out."""

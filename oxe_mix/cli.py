@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -77,12 +78,19 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Run the command; a mistake of the user's is one line and exit 2, a bug of ours keeps its traceback."""
+    _set_up_logging()
     try:
         app()
     except UserError as error:
         for line in str(error).splitlines():
             typer.echo(f"error: {line}", err=True)
         sys.exit(2)
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Beam warns at import that its optional Google Cloud extras are not installed; no stage uses them.
+    logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,201 @@
+"""Actions to tokens and back, in one file: the converter, the trainer, the decoder and the server all import this one.
+
+Movements (masked dimensions) are scaled by their dataset's 1 % and 99 % quantiles to [-1, 1]; the gripper stays in
+[0, 1]. Both fall into the same 256 bins over [-1, 1], and bin i is the token <ACTION_i>.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from oxe_mix.errors import UserError, did_you_mean
+from oxe_mix.files import read_json, write_json
+
+CODEC_FILE = "action_codec.json"
+NUM_BINS = 256
+# OpenVLA's guard against a zero range; with it, its statistics and ours give the same normalised values.
+_EPSILON = 1e-8
+_TOKEN = re.compile(r"<ACTION_(\d+)>")
+
+Floats = NDArray[np.floating]
+Bins = NDArray[np.int64]
+
+
+class ActionStats(BaseModel):
+    """One dataset's action statistics over every step on disk, [A] each, in robot units; mask true: a movement."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    mask: tuple[bool, ...]
+    num_transitions: int
+    num_trajectories: int
+
+    @property
+    def constant(self) -> NDArray[np.bool_]:
+        """Dimensions that never change in the whole dataset, [A]."""
+        return np.array(self.min) == np.array(self.max)
+
+    @property
+    def moving(self) -> NDArray[np.bool_]:
+        """Dimensions worth measuring, [A]: a model gets the others right without looking."""
+        return ~self.constant
+
+
+def action_tokens() -> list[str]:
+    """The 256 tokens, in order of their bins."""
+    return [f"<ACTION_{i}>" for i in range(NUM_BINS)]
+
+
+def normalize(actions: Floats, stats: ActionStats) -> NDArray[np.float64]:
+    """Robot units to the codec's range.
+
+    Args:
+        actions: [T, A], robot units, gripper last with 0 closed and 1 open.
+
+    Returns: float64 [T, A]; movements in [-1, 1], a constant one 0; the gripper as it is, limited to [0, 1].
+    Raises: ValueError when a value is not finite or the width is not the dataset's.
+    Source: OpenVLA's bounds_q99, but a constant gripper keeps its value: zeroed, an always-open one would read closed.
+    """
+    _check(actions, len(stats.mask))
+    x = actions.astype(np.float64)
+    q01, q99 = np.array(stats.q01), np.array(stats.q99)
+    scaled = np.clip(2 * (x - q01) / (q99 - q01 + _EPSILON) - 1, -1, 1)
+    scaled = np.where(stats.constant, 0.0, scaled)
+    return np.where(np.array(stats.mask), scaled, np.clip(x, 0, 1))
+
+
+def unnormalize(normalized: Floats, stats: ActionStats) -> NDArray[np.float64]:
+    """The codec's range to robot units: the inverse of `normalize` for values inside [q01, q99].
+
+    Args:
+        normalized: [T, A], movements in [-1, 1], gripper in [0, 1].
+
+    Returns: float64 [T, A], robot units; a constant movement gets its constant.
+    Raises: ValueError when a value is not finite or the width is not the dataset's.
+    """
+    _check(normalized, len(stats.mask))
+    x = normalized.astype(np.float64)
+    q01, q99 = np.array(stats.q01), np.array(stats.q99)
+    movement = np.where(stats.constant, q01, (x + 1) / 2 * (q99 - q01 + _EPSILON) + q01)
+    return np.where(np.array(stats.mask), movement, x)
+
+
+def normalized_to_bins(normalized: Floats) -> Bins:
+    """Quantize into NUM_BINS equal bins over [-1, 1].
+
+    Args:
+        normalized: [T, A], dimensionless.
+
+    Returns: int64 [T, A] in [0, NUM_BINS - 1]; values outside [-1, 1] go to the end bins.
+    Raises: ValueError if a value is not finite, naming the first step and dimension.
+    Source: RT-2 (arXiv:2307.15818), 256 uniform bins.
+    """
+    _check(normalized, normalized.shape[-1])
+    # +1 itself belongs to the last bin, not to a 257th.
+    return np.clip(np.floor((normalized + 1) / 2 * NUM_BINS), 0, NUM_BINS - 1).astype(np.int64)
+
+
+def bins_to_normalized(bins: Bins) -> NDArray[np.float64]:
+    """Bin centres, dimensionless, in (-1, 1). Raises: ValueError for a bin outside [0, NUM_BINS - 1]."""
+    if ((bins < 0) | (bins >= NUM_BINS)).any():
+        raise ValueError(f"bin {bins[(bins < 0) | (bins >= NUM_BINS)][0]} is not in [0, {NUM_BINS - 1}]")
+    return (bins + 0.5) / NUM_BINS * 2 - 1
+
+
+def encode(actions: Floats, stats: ActionStats) -> Bins:
+    """Robot units [T, A] to bins [T, A]. Raises: as `normalize`."""
+    return normalized_to_bins(normalize(actions, stats))
+
+
+def decode(bins: Bins, stats: ActionStats) -> NDArray[np.float64]:
+    """Bins [T, A] to robot units [T, A]. Raises: ValueError for wrong widths and unknown bins."""
+    return unnormalize(bins_to_normalized(bins), stats)
+
+
+def clipped(actions: Floats, stats: ActionStats) -> NDArray[np.bool_]:
+    """Where encoding loses range, [T, A]: movements outside [q01, q99], grippers outside [0, 1]."""
+    low = np.where(np.array(stats.mask), np.array(stats.q01), 0.0)
+    high = np.where(np.array(stats.mask), np.array(stats.q99), 1.0)
+    return (actions < low) | (actions > high)
+
+
+def bins_to_text(bins: Bins) -> str:
+    """One step's bins [A], or a chunk's [H, A] step by step, as the answer of a conversation."""
+    return "".join(f"<ACTION_{i}>" for i in bins.ravel())
+
+
+def text_to_bins(text: str, width: int) -> Bins:
+    """The answer of a conversation back to bins, [H, width].
+
+    Raises: ValueError for anything but whole steps of known action tokens.
+    """
+    found = [int(number) for number in _TOKEN.findall(text)]
+    bins = np.array(found, np.int64)
+    if bins_to_text(bins) != text.strip() or (bins >= NUM_BINS).any():
+        raise ValueError(f"{text[:80]!r} is not made of the tokens <ACTION_0> to <ACTION_{NUM_BINS - 1}> alone")
+    if not found or len(found) % width:
+        raise ValueError(f"{len(found)} action tokens are no whole number of actions of width {width}")
+    return bins.reshape(-1, width)
+
+
+class ActionCodec(BaseModel):
+    """action_codec.json: all that is needed to turn tokens into robot units. A checkpoint carries this file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal[1] = 1
+    binning: Literal["uniform256"] = "uniform256"
+    action_dim: int
+    chunk: int = 1
+    datasets: dict[str, ActionStats]
+
+    def stats(self, unnorm_key: str | None) -> tuple[str, ActionStats]:
+        """The dataset whose statistics turn bins into robot units; with one dataset it need not be named.
+
+        Raises: UserError when it must be named and is not, or is unknown, with the list.
+        """
+        if unnorm_key is None:
+            if len(self.datasets) > 1:
+                raise UserError(f"name the robot with --unnorm-key, one of: {', '.join(sorted(self.datasets))}")
+            return next(iter(self.datasets.items()))
+        if unnorm_key not in self.datasets:
+            raise UserError(f"unknown --unnorm-key {unnorm_key!r}{did_you_mean(unnorm_key, list(self.datasets))}")
+        return unnorm_key, self.datasets[unnorm_key]
+
+    @property
+    def tokens_per_answer(self) -> int:
+        """Action tokens in one answer: A per step, H steps."""
+        return self.action_dim * self.chunk
+
+
+def read_codec(folder: Path) -> ActionCodec:
+    """The codec of a converted folder or of a checkpoint. Raises: UserError when it has none or a broken one."""
+    file = folder / CODEC_FILE
+    try:
+        return ActionCodec.model_validate(read_json(file, "the action codec that oxe-mix convert writes"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def write_codec(folder: Path, codec: ActionCodec) -> None:
+    """Write the codec into a folder."""
+    write_json(folder / CODEC_FILE, codec.model_dump(mode="json"))
+
+
+def _check(values: Floats, width: int) -> None:
+    if values.ndim != 2 or values.shape[1] != width:
+        raise ValueError(f"actions of shape {values.shape}; expected [T, {width}]")
+    if not np.isfinite(values).all():
+        t, a = np.argwhere(~np.isfinite(values))[0]
+        raise ValueError(f"step {t}, dimension {a}: action is {values[t, a]}; drop this episode or mend it")
