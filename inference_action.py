@@ -1,0 +1,61 @@
+"""Ask a trained checkpoint for an action: one image and one instruction in, one JSON object out, in robot units."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from oxe_mix.errors import UserError
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder that make train wrote")
+    parser.add_argument("--image", type=Path, required=True, help="what the robot's camera sees")
+    parser.add_argument("--instruction", required=True, help='in words: "put the carrot on the plate"')
+    parser.add_argument("--unnorm-key", help="dataset whose statistics give the units; needed if there are several")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
+    args = parser.parse_args()
+    try:
+        record = act(args.checkpoint, args.image, args.instruction, args.unnorm_key, args.device)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(json.dumps(record))
+
+
+def act(checkpoint: Path, image: Path, instruction: str, unnorm_key: str | None, device: str) -> dict[str, object]:
+    """Load a checkpoint and answer once; `latency_ms` is of the answer, loading left out.
+
+    Raises: UserError for a checkpoint, codec, key, image or instruction that will not do.
+    """
+    from convert.action_codec import read_codec
+    from convert.llava import question
+
+    codec = read_codec(checkpoint)
+    codec.stats(unnorm_key)  # a wrong key is refused before the model is loaded
+    try:
+        asked = question(instruction)
+    except ValueError as error:
+        raise UserError(f"--instruction: {error}") from error
+
+    from train_llava.decode import ActionDecoder, action_record
+    from train_llava.model import load_checkpoint
+    from train_llava.processor import open_image
+
+    frame = open_image(image)
+    model, processor = load_checkpoint(checkpoint)
+    decoder = ActionDecoder(model.to(device), processor, codec)
+    start = time.perf_counter()
+    prediction = decoder.predict([asked], processor.view(frame)[None])
+    latency = (time.perf_counter() - start) * 1000
+    return action_record(codec, prediction, unnorm_key) | {"latency_ms": round(latency, 2)}
+
+
+if __name__ == "__main__":
+    main()
