@@ -1,14 +1,16 @@
-"""Ask a trained checkpoint for an action: one image and one instruction in, one JSON object out, in robot units."""
+"""Ask a trained checkpoint for an action: one image and one instruction in, one JSON object out, in robot
+units.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
 from oxe_mix.errors import UserError
+from oxe_mix.text import complain, say
 
 
 def main() -> None:
@@ -17,19 +19,22 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder that make train wrote")
     parser.add_argument("--image", type=Path, required=True, help="what the robot's camera sees")
     parser.add_argument("--instruction", required=True, help='in words: "put the carrot on the plate"')
-    parser.add_argument("--unnorm-key", help="dataset whose statistics give the units; needed if there are several")
+    parser.add_argument(
+        "--unnorm-key", help="dataset whose statistics give the units; needed if there are several"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, …")
     args = parser.parse_args()
     try:
         record = act(args.checkpoint, args.image, args.instruction, args.unnorm_key, args.device)
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        complain(str(error))
         raise SystemExit(2) from error
-    print(json.dumps(record))
+    say(json.dumps(record))
 
 
-def act(checkpoint: Path, image: Path, instruction: str, unnorm_key: str | None, device: str) -> dict[str, object]:
+def act(
+    checkpoint: Path, image: Path, instruction: str, unnorm_key: str | None, device: str
+) -> dict[str, object]:
     """Load a checkpoint and answer once; `latency_ms` is of the answer, loading left out.
 
     Raises: UserError for a checkpoint, codec, key, image or instruction that will not do.
@@ -44,13 +49,16 @@ def act(checkpoint: Path, image: Path, instruction: str, unnorm_key: str | None,
     except ValueError as error:
         raise UserError(f"--instruction: {error}") from error
 
+    import torch
+
     from train_llava.decode import ActionDecoder, action_record
     from train_llava.model import load_checkpoint
     from train_llava.processor import open_image
 
     frame = open_image(image)
     model, processor = load_checkpoint(checkpoint)
-    decoder = ActionDecoder(model.to(device), processor, codec)
+    torch.nn.Module.to(model, device)
+    decoder = ActionDecoder(model, processor, codec)
     start = time.perf_counter()
     prediction = decoder.predict([asked], processor.view(frame)[None])
     latency = (time.perf_counter() - start) * 1000

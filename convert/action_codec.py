@@ -1,7 +1,8 @@
-"""Actions to tokens and back, in one file: the converter, the trainer, the decoder and the server all import this one.
+"""Actions to tokens and back, in one file: the converter, the trainer, the decoder and the server all import
+this one.
 
-Movements (masked dimensions) are scaled by their dataset's 1 % and 99 % quantiles to [-1, 1]; the gripper stays in
-[0, 1]. Both fall into the same 256 bins over [-1, 1], and bin i is the token <ACTION_i>.
+Movements (masked dimensions) are scaled by their dataset's 1 % and 99 % quantiles to [-1, 1]; the gripper
+stays in [0, 1]. Both fall into the same 256 bins over [-1, 1], and bin i is the token <ACTION_i>.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ Bins = NDArray[np.int64]
 
 
 class ActionStats(BaseModel):
-    """One dataset's action statistics over every step on disk, [A] each, in robot units; mask true: a movement."""
+    """One dataset's action statistics over every step on disk, [A] each, in robot units; mask true: a
+    movement.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     q01: tuple[float, ...]
@@ -44,7 +47,7 @@ class ActionStats(BaseModel):
     @property
     def constant(self) -> NDArray[np.bool_]:
         """Dimensions that never change in the whole dataset, [A]."""
-        return np.array(self.min) == np.array(self.max)
+        return np.equal(self.min, self.max)
 
     @property
     def moving(self) -> NDArray[np.bool_]:
@@ -65,7 +68,8 @@ def normalize(actions: Floats, stats: ActionStats) -> NDArray[np.float64]:
 
     Returns: float64 [T, A]; movements in [-1, 1], a constant one 0; the gripper as it is, limited to [0, 1].
     Raises: ValueError when a value is not finite or the width is not the dataset's.
-    Source: OpenVLA's bounds_q99, but a constant gripper keeps its value: zeroed, an always-open one would read closed.
+    Source: OpenVLA's bounds_q99, but a constant gripper keeps its value: zeroed, an always-open one would
+    read closed.
     """
     _check(actions, len(stats.mask))
     x = actions.astype(np.float64)
@@ -143,14 +147,18 @@ def text_to_bins(text: str, width: int) -> Bins:
     found = [int(number) for number in _TOKEN.findall(text)]
     bins = np.array(found, np.int64)
     if bins_to_text(bins) != text.strip() or (bins >= NUM_BINS).any():
-        raise ValueError(f"{text[:80]!r} is not made of the tokens <ACTION_0> to <ACTION_{NUM_BINS - 1}> alone")
+        raise ValueError(
+            f"{text[:80]!r} is not made of the tokens <ACTION_0> to <ACTION_{NUM_BINS - 1}> alone"
+        )
     if not found or len(found) % width:
         raise ValueError(f"{len(found)} action tokens are no whole number of actions of width {width}")
     return bins.reshape(-1, width)
 
 
 class ActionCodec(BaseModel):
-    """action_codec.json: all that is needed to turn tokens into robot units. A checkpoint carries this file."""
+    """action_codec.json: all that is needed to turn tokens into robot units. A checkpoint carries this
+    file.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal[1] = 1
@@ -166,10 +174,14 @@ class ActionCodec(BaseModel):
         """
         if unnorm_key is None:
             if len(self.datasets) > 1:
-                raise UserError(f"name the robot with --unnorm-key, one of: {', '.join(sorted(self.datasets))}")
+                raise UserError(
+                    f"name the robot with --unnorm-key, one of: {', '.join(sorted(self.datasets))}"
+                )
             return next(iter(self.datasets.items()))
         if unnorm_key not in self.datasets:
-            raise UserError(f"unknown --unnorm-key {unnorm_key!r}{did_you_mean(unnorm_key, list(self.datasets))}")
+            raise UserError(
+                f"unknown --unnorm-key {unnorm_key!r}{did_you_mean(unnorm_key, list(self.datasets))}"
+            )
         return unnorm_key, self.datasets[unnorm_key]
 
     @property
@@ -179,7 +191,9 @@ class ActionCodec(BaseModel):
 
 
 def read_codec(folder: Path) -> ActionCodec:
-    """The codec of a converted folder or of a checkpoint. Raises: UserError when it has none or a broken one."""
+    """The codec of a converted folder or of a checkpoint. Raises: UserError when it has none or a broken
+    one.
+    """
     file = folder / CODEC_FILE
     try:
         return ActionCodec.model_validate(read_json(file, "the action codec that oxe-mix convert writes"))

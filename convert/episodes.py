@@ -1,4 +1,6 @@
-"""One RLDS episode through its card's recipe: standardised actions, instructions and still-encoded frames per step."""
+"""One RLDS episode through its card's recipe: standardised actions, instructions and still-encoded frames per
+step.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,10 @@ class Trajectory:
 def standardize(episode: Episode, card: Card) -> NDArray[np.float32]:
     """The card's recipe: what the robot was told at each step that stays.
 
-    Returns: float32 [T, A], robot units; T is the episode's steps less those that the card's trajectory ops drop.
-    Raises: ValueError for an action that is not finite, naming the source step, and for columns that are not there.
+    Returns: float32 [T, A], robot units; T is the episode's steps less those that the card's trajectory ops
+    drop.
+    Raises: ValueError for an action that is not finite, naming the source step, and for columns that are not
+    there.
     """
     before, after = _dropped(card)
     columns = [_term(episode, term, before) for term in card.action.recipe]

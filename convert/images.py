@@ -18,4 +18,6 @@ def frame_suffix(frame: bytes) -> str:
         return ".png"
     if frame.startswith((_JPEG_START, _PNG_START)):
         raise ValueError(f"the frame of {len(frame):,} bytes is cut off: its end marker is missing")
-    raise ValueError(f"the frame of {len(frame):,} bytes is neither JPEG nor PNG: it starts with {frame[:8]!r}")
+    raise ValueError(
+        f"the frame of {len(frame):,} bytes is neither JPEG nor PNG: it starts with {frame[:8]!r}"
+    )

@@ -1,5 +1,5 @@
-"""What a robot step looks like as a LLaVA conversation. The prompt has its one home here: converter, trainer, decoder
-and server all ask with these words."""
+"""What a robot step looks like as a LLaVA conversation. The prompt has its one home here: converter, trainer,
+decoder and server all ask with these words."""
 
 from __future__ import annotations
 

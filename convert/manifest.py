@@ -1,4 +1,6 @@
-"""manifest.json, written last: what a converted folder holds and how it came to be. No manifest, no result."""
+"""manifest.json, written last: what a converted folder holds and how it came to be. No manifest, no
+result.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a converted folder. Raises: UserError when the folder is none or not finished."""
     file = folder / MANIFEST_FILE
     if not file.exists():
-        raise UserError(f"{folder}: no {MANIFEST_FILE}, so no finished conversion; run oxe-mix convert --out {folder}")
+        raise UserError(
+            f"{folder}: no {MANIFEST_FILE}, so no finished conversion; run oxe-mix convert --out {folder}"
+        )
     try:
         return Manifest.model_validate(read_json(file, "the manifest that oxe-mix convert writes"))
     except ValidationError as error:

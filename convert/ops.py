@@ -1,4 +1,6 @@
-"""The closed vocabulary of card recipes, in NumPy. Every op takes and returns [T, d] over the steps of one episode."""
+"""The closed vocabulary of card recipes, in NumPy. Every op takes and returns [T, d] over the steps of one
+episode.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,11 @@ def invert(x: Columns) -> Columns:
 
 
 def binarize(x: Columns) -> Columns:
-    """A continuous absolute gripper to open 1 or closed 0: an in-between step takes the value of the step after it.
+    """A continuous absolute gripper to open 1 or closed 0: an in-between step takes the value of the step
+    after it.
 
-    Above 0.95 is open and below 0.05 closed, both strict. A trailing run of in-between values keeps the raw last
-    value. Source: the rule of OpenVLA's binarize_gripper_actions, as its recipes define it.
+    Above 0.95 is open and below 0.05 closed, both strict. A trailing run of in-between values keeps the raw
+    last value. Source: the rule of OpenVLA's binarize_gripper_actions, as its recipes define it.
     """
     out = np.empty_like(x)
     carry = x[-1:].copy()
@@ -49,8 +52,8 @@ def binarize(x: Columns) -> Columns:
 def rel2abs(x: Columns) -> Columns:
     """A relative gripper (positive closes, negative opens) to absolute: 1 open, 0 closed.
 
-    Beyond ±0.1, strictly, is a command; a step without one keeps the state. Before the first command the state is its
-    opposite; with no command at all the gripper is open throughout.
+    Beyond ±0.1, strictly, is a command; a step without one keeps the state. Before the first command the
+    state is its opposite; with no command at all the gripper is open throughout.
     """
     commands = np.where(x[:, 0] > 0.1, 0, np.where(x[:, 0] < -0.1, 1, -1))
     given = np.flatnonzero(commands >= 0)
@@ -63,7 +66,8 @@ def rel2abs(x: Columns) -> Columns:
 
 
 def quat_to_euler(x: Columns) -> Columns:
-    """Unit quaternions x y z w, [T, 4], to roll pitch yaw, [T, 3], radians, with R = Rz(yaw) Ry(pitch) Rx(roll).
+    """Unit quaternions x y z w, [T, 4], to roll pitch yaw, [T, 3], radians, with R = Rz(yaw) Ry(pitch)
+    Rx(roll).
 
     Inputs are not renormalised. In gimbal lock (| |r20| - 1 | < 1e-6) yaw is 0.
     Source: tensorflow/graphics tensorflow_graphics/geometry/transformation/euler.py, for its conventions.
@@ -85,7 +89,9 @@ def quat_to_euler(x: Columns) -> Columns:
 
 
 def next_state_delta(x: Columns) -> Columns:
-    """x[t + 1] - x[t], plain: angles are not unwrapped. The last step has no value: it is NaN until it is dropped."""
+    """x[t + 1] - x[t], plain: angles are not unwrapped. The last step has no value: it is NaN until it is
+    dropped.
+    """
     return np.concatenate([x[1:] - x[:-1], np.full_like(x[:1], np.nan)])
 
 

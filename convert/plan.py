@@ -36,16 +36,21 @@ def read_finished_lock(data: Path) -> Lock | None:
 def find_datasets(data: Path, mix: Mix | None, cards: Cards) -> list[DatasetOnDisk]:
     """The datasets of a mix in a data folder, or every one with a card when there is no mix.
 
-    Raises: UserError when the folder or one of the mix's datasets is not there, or a card does not fit the data.
+    Raises: UserError when the folder or one of the mix's datasets is not there, or a card does not fit the
+    data.
     """
     if not data.is_dir():
-        raise UserError(f"{data}: no such folder; run oxe-mix download first, or point --data at a folder of RLDS datasets")
+        raise UserError(
+            f"{data}: no such folder; give --data a folder of RLDS datasets, or download one first"
+        )
     specs = list(mix.datasets) if mix is not None else _everything(data, cards)
     folders = {spec.name: _folder(data, cards.get(spec.name), spec.version) for spec in specs}
     missing = [name for name, folder in folders.items() if folder is None]
     if missing:
         what = "none of the mix's datasets" if len(missing) == len(folders) else "only part of the mix"
-        raise UserError(f"{data}: holds {what}; missing: {', '.join(missing)}; run oxe-mix download, or mend --data")
+        raise UserError(
+            f"{data}: holds {what}; missing: {', '.join(missing)}; run oxe-mix download, or mend --data"
+        )
     return [_read(name, folder, specs, cards) for name, folder in folders.items() if folder is not None]
 
 
@@ -64,7 +69,9 @@ def _everything(data: Path, cards: Cards) -> list[DatasetSpec]:
 def _folder(data: Path, card: Card, version: str) -> Path | None:
     found = [data / name / version for name in card.names if (data / name / version / INFO_FILE).exists()]
     if len(found) > 1:
-        raise UserError(f"{data}: {found[0].parent.name} and {found[1].parent.name} are one dataset; keep one of them")
+        raise UserError(
+            f"{data}: {found[0].parent.name} and {found[1].parent.name} are one dataset; keep one of them"
+        )
     return found[0] if found else None
 
 
@@ -82,7 +89,9 @@ def _read(name: str, folder: Path, specs: list[DatasetSpec], cards: Cards) -> Da
     return DatasetOnDisk(card, folder, info, tuple(spec.split for spec in own), own[0].weight)
 
 
-def shard_jobs(dataset: DatasetOnDisk, out: Path, lock: Lock | None, seed: int, val_fraction: float) -> list[ShardJob]:
+def shard_jobs(
+    dataset: DatasetOnDisk, out: Path, lock: Lock | None, seed: int, val_fraction: float
+) -> list[ShardJob]:
     """The shards of a dataset as jobs.
 
     Raises: UserError when a shard that dataset_info.json lists is not there.
@@ -90,7 +99,9 @@ def shard_jobs(dataset: DatasetOnDisk, out: Path, lock: Lock | None, seed: int, 
     shards = []
     for split in dataset.splits:
         lengths = dataset.info.splits[split].shard_lengths
-        sources = (lock.source_shards(dataset.card.name, split) if lock else None) or list(range(len(lengths)))
+        sources = (lock.source_shards(dataset.card.name, split) if lock else None) or list(
+            range(len(lengths))
+        )
         for index, (length, source_shard) in enumerate(zip(lengths, sources, strict=True)):
             file = dataset.folder / dataset.info.shard_file(split, index, len(lengths))
             if not file.exists():
@@ -120,7 +131,9 @@ def shard_jobs(dataset: DatasetOnDisk, out: Path, lock: Lock | None, seed: int, 
 
 
 def _held_out_below(hashes: list[float], val_fraction: float) -> float:
-    """The bound under which an episode is held out: the fraction, or enough for one episode of the dataset."""
+    """The bound under which an episode is held out: the fraction, or enough for one episode of the
+    dataset.
+    """
     if val_fraction == 0 or len(hashes) < 2:
         return 0.0
     return max(val_fraction, math.nextafter(min(hashes), math.inf))

@@ -61,7 +61,9 @@ class ConversationReader:
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
-        """One sample. Raises: IndexError; UserError for a line that is no sample or an image outside the folder."""
+        """One sample. Raises: IndexError; UserError for a line that is no sample or an image outside the
+        folder.
+        """
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -72,7 +74,9 @@ class ConversationReader:
             return self._sample(json.loads(line))
         except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
             place = index - self._starts[number] + 1
-            raise UserError(f"{self._files[number]}:{place}: not a sample ({type(error).__name__}: {error})") from error
+            raise UserError(
+                f"{self._files[number]}:{place}: not a sample ({type(error).__name__}: {error})"
+            ) from error
 
     def _sample(self, line: dict[str, object]) -> Sample:
         human, answer = line["conversations"][0]["value"], line["conversations"][1]["value"]  # type: ignore[index]

@@ -1,7 +1,7 @@
 """One shard of stage 2: read it once for statistics, once for conversations; write one finished output shard.
 
-Each function here is the whole work of one element of the Beam graph: it opens one shard and keeps one episode in
-memory at a time. Output appears under its final name only when it is whole.
+Each function here is the whole work of one element of the Beam graph: it opens one shard and keeps one
+episode in memory at a time. Output appears under its final name only when it is whole.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class ShardJob:
 
     def holds_out(self, episode: int) -> bool:
         """Whether an episode is for validation."""
-        return episode_hash(self.seed, self.card.name, self.split, self.source_shard, episode) < self.held_out_below
+        return (
+            episode_hash(self.seed, self.card.name, self.split, self.source_shard, episode)
+            < self.held_out_below
+        )
 
 
 def episode_hash(seed: int, name: str, split: str, source_shard: int, episode: int) -> float:
@@ -63,7 +66,9 @@ def episode_hash(seed: int, name: str, split: str, source_shard: int, episode: i
 
 @dataclass(slots=True)
 class ShardCounts:
-    """What went in and what came out of one shard; in = written + held out + dropped, for episodes and steps."""
+    """What went in and what came out of one shard; in = written + held out + dropped, for episodes and
+    steps.
+    """
 
     dataset: str
     split: str
@@ -85,7 +90,9 @@ def collect_actions(job: ShardJob, folder: Path) -> str:
             actions.append(standardize(episode, job.card))
         num_trajectories += 1
     if num_trajectories != job.num_episodes:
-        raise UserError(f"{job.file}: holds {num_trajectories} episodes, dataset_info.json says {job.num_episodes}")
+        raise UserError(
+            f"{job.file}: holds {num_trajectories} episodes, dataset_info.json says {job.num_episodes}"
+        )
     file = folder / f"{job.stem}.npz"
     with atomic_write(file) as stream:
         np.savez(stream, actions=np.concatenate(actions), num_trajectories=np.array(num_trajectories))
@@ -93,11 +100,15 @@ def collect_actions(job: ShardJob, folder: Path) -> str:
 
 
 def merge_actions(card: Card, files: list[str], folder: Path) -> str:
-    """Between the passes: one dataset's statistics from the saved actions of all its shards; returns the file."""
+    """Between the passes: one dataset's statistics from the saved actions of all its shards; returns the
+    file.
+    """
     parts = [np.load(file) for file in sorted(files)]
     trajectories = sum(int(part["num_trajectories"]) for part in parts)
     try:
-        stats = action_stats(np.concatenate([part["actions"] for part in parts]), card.normalise_mask, trajectories)
+        stats = action_stats(
+            np.concatenate([part["actions"] for part in parts]), card.normalise_mask, trajectories
+        )
     except ValueError as error:
         raise UserError(f"{card.name}: {error}") from error
     file = folder / f"{card.name}.json"
@@ -121,6 +132,7 @@ def convert_shard(job: ShardJob, stats: ActionStats) -> ShardCounts:
     images = final.with_name(f".{job.index}.tmp")
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
+    output = _Output(job, stats, images, counts)
     train, held_out = (out / folder / f"{job.stem}.jsonl" for folder in (CONVERSATIONS, VALIDATION))
     with atomic_write(train) as train_lines, atomic_write(held_out) as val_lines:
         for number, episode in enumerate(_episodes(job)):
@@ -129,7 +141,7 @@ def convert_shard(job: ShardJob, stats: ActionStats) -> ShardCounts:
                 kind = _count(trajectory, counts, held_out=job.holds_out(number))
                 if kind in ("written", "held_out"):
                     lines = val_lines if kind == "held_out" else train_lines
-                    _write_episode(job, number, trajectory, stats, images, lines, counts)
+                    output.write(number, trajectory, lines)
         shutil.rmtree(final, ignore_errors=True)
         images.rename(final)
     return counts
@@ -144,23 +156,33 @@ def _count(trajectory: Trajectory, counts: ShardCounts, *, held_out: bool) -> st
     elif not trajectory.labelled:
         kind = NO_INSTRUCTION
     counts.episodes.update(["in", kind])
-    counts.steps.update({"in": trajectory.num_source_steps, RECIPE: trajectory.num_source_steps - kept, kind: kept})
+    counts.steps.update(
+        {"in": trajectory.num_source_steps, RECIPE: trajectory.num_source_steps - kept, kind: kept}
+    )
     return kind
 
 
-def _write_episode(  # noqa: PLR0913 - the inner loop; a value object for two calls would only rename the arguments
-    job: ShardJob, number: int, trajectory: Trajectory, stats: ActionStats, images: Path, lines: IO[bytes],
-    counts: ShardCounts,
-) -> None:  # fmt: skip
-    bins = encode(trajectory.actions, stats)
-    for a, share in enumerate(clipped(trajectory.actions, stats).sum(axis=0)):
-        counts.clipped[a] += int(share)
-    for t, frame in enumerate(trajectory.frames):
-        place = Place(job.card.name, job.split, job.index, number, trajectory.first_step + t)
-        image = place.image(frame_suffix(frame))
-        (images / Path(image).name).write_bytes(frame)
-        counts.image_bytes += len(frame)
-        lines.write(json_line(conversation(place, image, trajectory.instruction(t), bins[t])))
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """Where the frames of a shard go, and the statistics that its actions are encoded with."""
+
+    job: ShardJob
+    stats: ActionStats
+    images: Path
+    counts: ShardCounts
+
+    def write(self, number: int, trajectory: Trajectory, lines: IO[bytes]) -> None:
+        """Write an episode: a file per frame, a line per step."""
+        job, counts = self.job, self.counts
+        bins = encode(trajectory.actions, self.stats)
+        lost = clipped(trajectory.actions, self.stats).sum(axis=0)
+        counts.clipped = [before + int(own) for before, own in zip(counts.clipped, lost, strict=True)]
+        for t, frame in enumerate(trajectory.frames):
+            place = Place(job.card.name, job.split, job.index, number, trajectory.first_step + t)
+            image = place.image(frame_suffix(frame))
+            (self.images / Path(image).name).write_bytes(frame)
+            counts.image_bytes += len(frame)
+            lines.write(json_line(conversation(place, image, trajectory.instruction(t), bins[t])))
 
 
 def _episodes(job: ShardJob) -> Iterator[Episode]:

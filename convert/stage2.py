@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from oxe_mix.files import atomic_write, folder_lock, write_json
 from oxe_mix.lock import LOCK_FILE
 from oxe_mix.mix import Mix, load_mix
 from oxe_mix.progress import progress
-from oxe_mix.text import count, say, size, table
+from oxe_mix.text import complain, count, say, size, table
 
 _PARTIAL = ".partial"
 
@@ -70,14 +69,17 @@ def run_convert(options: ConvertOptions) -> int:
         (out / MANIFEST_FILE).unlink(missing_ok=True)
         scratch.mkdir(exist_ok=True)
         total = len(run.jobs)
-        with progress("convert", "shards", total, lambda: sum(1 for _ in (out / CONVERSATIONS).glob("*.jsonl"))):
+        with progress(
+            "convert", "shards", total, lambda: sum(1 for _ in (out / CONVERSATIONS).glob("*.jsonl"))
+        ):
             counts, failures = convert_all(run.jobs, scratch, options.workers)
         if failures:
-            for failure in failures:
-                print(f"error: {failure}", file=sys.stderr)
-            say(f"{len(counts)} of {count(total, 'shard')} converted; no {MANIFEST_FILE}, so {out} is no result yet")
+            complain("\n".join(failures))
+            say(f"{len(counts)} of {count(total, 'shard')} converted; {out} is no result yet")
             return 1
-        manifest = _finish(run, counts, {d.card.name: read_stats(str(scratch / f"{d.card.name}.json")) for d in run.datasets})
+        manifest = _finish(
+            run, counts, {d.card.name: read_stats(str(scratch / f"{d.card.name}.json")) for d in run.datasets}
+        )
         shutil.rmtree(scratch)
     seconds = time.monotonic() - start
     say(_summary(manifest, seconds))
@@ -96,7 +98,9 @@ def _resolve(options: ConvertOptions) -> _Run:
     datasets = find_datasets(options.data, mix, cards)
     widths = {dataset.card.action.dims for dataset in datasets}
     if len(widths) > 1:
-        raise UserError(f"actions of {' and '.join(map(str, sorted(widths)))} dimensions cannot share one codec; split the mix")
+        raise UserError(
+            f"actions of widths {sorted(widths)} cannot share one codec; make a mix for each width"
+        )
     seed = mix.seed if mix is not None else 0
     jobs = [job for d in datasets for job in shard_jobs(d, options.out, lock, seed, options.val_fraction)]
     return _Run(options, mix, datasets, jobs)
@@ -116,7 +120,9 @@ def _finish(run: _Run, counts: list[ShardCounts], stats: dict[str, ActionStats])
     _remove_leftovers(run)
     write_codec(out, ActionCodec(action_dim=width, datasets=stats))
     write_json(out / STATISTICS_FILE, openvla_layout(stats))
-    written = {d.card.name: _dataset(d, run, [c for c in counts if c.dataset == d.card.name]) for d in run.datasets}
+    written = {
+        d.card.name: _dataset(d, run, [c for c in counts if c.dataset == d.card.name]) for d in run.datasets
+    }
     draws = {name: d.weight * d.steps.written for name, d in written.items()}
     total = sum(draws.values())
     if total == 0:
@@ -162,7 +168,9 @@ def _dataset(dataset: DatasetOnDisk, run: _Run, counts: list[ShardCounts]) -> Co
 def _tally(counter: Counter[str]) -> Tally:
     known = ("in", "written", "held_out")
     dropped = {reason: n for reason, n in sorted(counter.items()) if reason not in known and n}
-    return Tally(total=counter["in"], written=counter["written"], held_out=counter["held_out"], dropped=dropped)
+    return Tally(
+        total=counter["in"], written=counter["written"], held_out=counter["held_out"], dropped=dropped
+    )
 
 
 def _files(out: Path, folder: str, jobs: list[ShardJob]) -> tuple[ConvertedFile, ...]:
@@ -171,7 +179,9 @@ def _files(out: Path, folder: str, jobs: list[ShardJob]) -> tuple[ConvertedFile,
         path = f"{folder}/{job.stem}.jsonl"
         text = (out / path).read_bytes()
         if text or folder == CONVERSATIONS:
-            files.append(ConvertedFile(path=path, samples=text.count(b"\n"), sha256=hashlib.sha256(text).hexdigest()))
+            files.append(
+                ConvertedFile(path=path, samples=text.count(b"\n"), sha256=hashlib.sha256(text).hexdigest())
+            )
         else:
             # A shard without a held-out episode leaves no file behind.
             (out / path).unlink()
@@ -192,8 +202,14 @@ def _remove_leftovers(run: _Run) -> None:
 
 
 def _write_data_yaml(file: Path, files: list[ConvertedFile]) -> None:
-    """LLaVA-NeXT's `data_path` form. Absolute paths: its loader resolves relative ones against the working folder."""
-    entries = [{"json_path": str((file.parent / f.path).resolve()), "sampling_strategy": "all"} for f in files if f.samples]
+    """LLaVA-NeXT's `data_path` form. Absolute paths: its loader resolves relative ones against the working
+    folder.
+    """
+    entries = [
+        {"json_path": str((file.parent / f.path).resolve()), "sampling_strategy": "all"}
+        for f in files
+        if f.samples
+    ]
     if not entries:
         file.unlink(missing_ok=True)
         return
@@ -210,7 +226,15 @@ def _summary(manifest: Manifest, seconds: float) -> str:
     for d in manifest.datasets:
         dropped = sum(d.steps.dropped.values())
         counts = (d.steps.total, d.steps.written, d.steps.held_out, dropped)
-        rows.append((d.name, f"{d.episodes.total:,}", *(f"{n:,}" for n in counts), f"{d.share:.1%}", f"{max(d.clipped):.1%}"))
+        rows.append(
+            (
+                d.name,
+                f"{d.episodes.total:,}",
+                *(f"{n:,}" for n in counts),
+                f"{d.share:.1%}",
+                f"{max(d.clipped):.1%}",
+            )
+        )
     header = ("dataset", "episodes", "steps in", "written", "held out", "dropped", "share", "most clipped")
     reasons: Counter[str] = sum((Counter(d.steps.dropped) for d in manifest.datasets), Counter())
     why = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items())) or "none"

@@ -16,7 +16,8 @@ def action_stats(actions: NDArray[np.float32], mask: tuple[bool, ...], num_traje
     """Quantiles, moments and range of [N, A] actions in robot units, [A] each.
 
     Raises: ValueError when there is no step at all.
-    Source: OpenVLA's dataset statistics: 1 % and 99 % quantiles with linear interpolation, population deviation.
+    Source: OpenVLA's dataset statistics: 1 % and 99 % quantiles with linear interpolation, population
+    deviation.
     """
     if len(actions) == 0:
         raise ValueError("no step is left after the recipe, so there are no statistics")

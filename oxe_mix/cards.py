@@ -1,7 +1,8 @@
-"""Dataset cards: one YAML file per dataset says where it lies and what its numbers mean. Nothing of it is in code.
+"""Dataset cards: one YAML file per dataset says where it lies and what its numbers mean. Nothing of it is in
+code.
 
-A card is checked twice: its form when it is read, its keys and widths against the dataset's own features.json when
-that is at hand. Both kinds of fault are reported with the card's file and line.
+A card is checked twice: its form when it is read, its keys and widths against the dataset's own features.json
+when that is at hand. Both kinds of fault are reported with the card's file and line.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from oxe_mix.rlds import Feature, FeatureTree, Key
 
 SHIPPED = Path(__file__).parent / "cards"
 
-# The closed vocabulary. `convert/ops.py` implements each in NumPy; `../shared`-free definitions are in docs/cards.md.
+# The closed vocabulary. `convert/ops.py` implements each in NumPy; `../shared`-free definitions are in
+# docs/cards.md.
 OpName = Literal[
     "cast_float",
     "clip01",
@@ -88,7 +90,9 @@ class Action(_Strict):
     def _delta_needs_drop(self) -> Action:
         ops = [op for term in self.recipe if isinstance(term, KeyTerm) for op in term.ops]
         if "next_state_delta" in ops and "drop_last_step" not in self.trajectory_after:
-            raise ValueError("next_state_delta has no value for the last step; add trajectory_after: [drop_last_step]")
+            raise ValueError(
+                "next_state_delta has no value for the last step; add trajectory_after: [drop_last_step]"
+            )
         return self
 
 
@@ -122,7 +126,9 @@ class Card(_Strict):
     depth: Cameras = Cameras()
     state: State
     action: Action
-    action_kind: Literal["delta", "absolute"]  # decides what stands past an episode's end when answers are chunks
+    action_kind: Literal[
+        "delta", "absolute"
+    ]  # decides what stands past an episode's end when answers are chunks
     language: Language
     normalise_mask: tuple[bool, ...]
     mods: tuple[str, ...] = ()  # advice: applied only when a mix asks for them
@@ -132,7 +138,9 @@ class Card(_Strict):
     @model_validator(mode="after")
     def _mask_covers_action(self) -> Card:
         if len(self.normalise_mask) != self.action.dims:
-            raise ValueError(f"normalise_mask has {len(self.normalise_mask)} entries, action.dims is {self.action.dims}")
+            raise ValueError(
+                f"normalise_mask has {len(self.normalise_mask)} entries, action.dims is {self.action.dims}"
+            )
         return self
 
     @property
@@ -173,7 +181,8 @@ class Cards:
     def check_against(self, card: Card, tree: FeatureTree, where: str) -> None:
         """Prove that a card fits a dataset's own features.json; `where` names that file in the message.
 
-        Raises: UserError with the card's file and line for a key that is not there or a width that does not come out.
+        Raises: UserError with the card's file and line for a key that is not there or a width that does not
+        come out.
         """
         problem = _first_misfit(card, tree)
         if problem:
@@ -183,7 +192,9 @@ class Cards:
 
 
 def load_cards(extra: Path | None = None) -> Cards:
-    """Read the shipped cards and those in the folder `extra`, which win over shipped ones of the same name."""
+    """Read the shipped cards and those in the folder `extra`, which win over shipped ones of the same
+    name.
+    """
     files = sorted(SHIPPED.glob("*.yaml"))
     if extra is not None:
         if not extra.is_dir():
@@ -210,7 +221,9 @@ def load_card(file: Path) -> Card:
         loc, text = _readable(error)
         raise UserError(f"{file}:{_line_of(file, loc)}: {'.'.join(map(str, loc))}: {text}") from error
     if card.name != file.stem:
-        raise UserError(f"{file}:{_line_of(file, ('name',))}: the file is {file.stem}.yaml but name is {card.name}")
+        raise UserError(
+            f"{file}:{_line_of(file, ('name',))}: the file is {file.stem}.yaml but name is {card.name}"
+        )
     return card
 
 
@@ -288,7 +301,11 @@ def _readable(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
     problems = sorted(error.errors(), key=lambda problem: -len(problem["loc"]))
     first = problems[0]
     # The names of union branches ("KeyTerm", "Slice") are no part of the file.
-    loc = tuple(part for part in first["loc"] if not (isinstance(part, str) and part[:1].isupper()) and "[" not in str(part))
+    loc = tuple(
+        part
+        for part in first["loc"]
+        if not (isinstance(part, str) and part[:1].isupper()) and "[" not in str(part)
+    )
     match first["type"]:
         case "literal_error":
             text = f"{first['input']!r} is unknown; allowed: {first['ctx']['expected']}"

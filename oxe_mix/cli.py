@@ -1,4 +1,6 @@
-"""The `oxe-mix` command: reads the options, calls the stage, prints what came of it. Nothing is decided here."""
+"""The `oxe-mix` command: reads the options, calls the stage, prints what came of it. Nothing is decided
+here.
+"""
 
 from __future__ import annotations
 
@@ -28,23 +30,33 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one 
 def download(
     mix: Mix,
     out: Annotated[Path, typer.Option(help="Folder for the datasets and their lock.")] = Path("data"),
-    source: Annotated[str | None, typer.Option(help="Read all datasets from here, whatever the mix says.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only read metadata and print the plan.")] = False,
+    source: Annotated[
+        str | None, typer.Option(help="Read all datasets from here, whatever the mix says.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only read metadata and print the plan.")
+    ] = False,
     cards: CardsFolder = None,
     workers: Workers = None,
 ) -> None:
     """Fetch the fraction of each dataset that a mix asks for, record by record proved, as valid RLDS."""
     from oxe_mix.stage1 import run_download
 
-    raise typer.Exit(run_download(mix, out, source=source, dry_run=dry_run, cards_folder=cards, workers=workers))
+    raise typer.Exit(
+        run_download(mix, out, source=source, dry_run=dry_run, cards_folder=cards, workers=workers)
+    )
 
 
 @app.command()
-def convert(  # noqa: PLR0913 - one parameter per option of the command line
+def convert(
     to: Annotated[str, typer.Option(help="Output format.")] = "llava",
-    mix: Annotated[Path | None, typer.Option(help="Mix file; if not given, the one that was downloaded.")] = None,
+    mix: Annotated[
+        Path | None, typer.Option(help="Mix file; if not given, the one that was downloaded.")
+    ] = None,
     data: Annotated[Path, typer.Option(help="Folder of RLDS datasets.")] = Path("data"),
-    out: Annotated[Path, typer.Option(help="Folder for conversations, images and the action codec.")] = Path("llava"),
+    out: Annotated[Path, typer.Option(help="Folder for conversations, images and the action codec.")] = Path(
+        "llava"
+    ),
     val_fraction: Annotated[float, typer.Option(help="Share of the episodes to hold out, in [0, 1).")] = 0.0,
     cards: CardsFolder = None,
     workers: Workers = None,
@@ -52,7 +64,9 @@ def convert(  # noqa: PLR0913 - one parameter per option of the command line
     """Turn RLDS into conversations with action tokens; frames are copied as they are."""
     from convert.stage2 import ConvertOptions, run_convert
 
-    options = ConvertOptions(to=to, mix=mix, data=data, out=out, val_fraction=val_fraction, cards=cards, workers=workers)
+    options = ConvertOptions(
+        to=to, mix=mix, data=data, out=out, val_fraction=val_fraction, cards=cards, workers=workers
+    )
     raise typer.Exit(run_convert(options))
 
 
@@ -63,7 +77,9 @@ def synth(
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     workers: Workers = None,
 ) -> None:
-    """Make an Open-X bucket of our own: six datasets in their true layouts, showing a tabletop world one can learn."""
+    """Make an Open-X bucket of our own: six datasets in their true layouts, showing a tabletop world one can
+    learn.
+    """
     from oxe_mix.synth.bucket import run_synth
 
     raise typer.Exit(run_synth(out, episodes=episodes, seed=seed, workers=workers))
@@ -82,8 +98,9 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        for line in str(error).splitlines():
-            typer.echo(f"error: {line}", err=True)
+        from oxe_mix.text import complain
+
+        complain(str(error))
         sys.exit(2)
 
 

@@ -1,9 +1,11 @@
-"""Stage 1: plan which records of which shards a mix needs, fetch each with proof, and leave valid RLDS behind.
+"""Stage 1: plan which records of which shards a mix needs, fetch each with proof, and leave valid RLDS
+behind.
 
-Each shard is fetched into DATA/.partial under its place in the permutation, with a note of what was proved about it.
-Only when all are there do they get their final names, then dataset_info.json is rewritten, and the lock comes last. A
-kill at any moment leaves files with notes, which the next run trusts, or temporary files, which it does not. When a
-finished download grows, its shards keep their names until that moment; only the `-of-n` in them changes.
+Each shard is fetched into DATA/.partial under its place in the permutation, with a note of what was proved
+about it. Only when all are there do they get their final names, then dataset_info.json is rewritten, and the
+lock comes last. A kill at any moment leaves files with notes, which the next run trusts, or temporary files,
+which it does not. When a finished download grows, its shards keep their names until that moment; only the
+`-of-n` in them changes.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ PARTIAL = ".partial"
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """One source shard to fetch: what flows through Beam. Paths and addresses are text, small and picklable."""
+    """One source shard to fetch: what flows through Beam. Paths and addresses are text, small and
+    picklable.
+    """
 
     dataset: str
     split: str
@@ -103,7 +107,8 @@ class SplitPlan:
 def plan_download(mix: Mix, cards: Cards) -> list[SplitPlan]:
     """Read the metadata of every dataset of a mix and select its records; no data is read.
 
-    Raises: UserError for a dataset, version or split that is not there, and for a card that does not fit the data.
+    Raises: UserError for a dataset, version or split that is not there, and for a card that does not fit the
+    data.
     """
     return [_plan_split(mix, spec, cards) for spec in mix.datasets]
 
@@ -115,7 +120,9 @@ def _plan_split(mix: Mix, spec: DatasetSpec, cards: Cards) -> SplitPlan:
     split = source.info.splits.get(spec.split)
     if split is None:
         known = ", ".join(source.info.splits)
-        raise UserError(f"{spec.name} {spec.version}: no split {spec.split!r} at {source.folder}; it has: {known}")
+        raise UserError(
+            f"{spec.name} {spec.version}: no split {spec.split!r} at {source.folder}; it has: {known}"
+        )
     try:
         return SplitPlan(spec, source, tuple(select(source.info, split, spec.fraction, mix.seed)))
     except ValueError as error:
@@ -133,7 +140,14 @@ def shard_tasks(plans: list[SplitPlan], data: Path) -> list[ShardTask]:
             source_shard=pick.source_shard,
             episodes=pick.num_episodes,
             of_episodes=pick.of_episodes,
-            target=str(data / PARTIAL / plan.spec.name / plan.spec.version / plan.spec.split / f"{index:05d}.tfrecord"),
+            target=str(
+                data
+                / PARTIAL
+                / plan.spec.name
+                / plan.spec.version
+                / plan.spec.split
+                / f"{index:05d}.tfrecord"
+            ),
             final=str(_folder(plan, data) / plan.file(index, 0).removesuffix("-of-00000")),
         )
         for plan in plans
@@ -165,7 +179,9 @@ def fetch_shard(task: ShardTask) -> ShardReport:
                     break
             _prove_count(task, episodes, num_bytes)
     except FileNotFoundError as error:
-        raise UserError(f"{task.url}: not there, though dataset_info.json lists it; the source is not complete") from error
+        raise UserError(
+            f"{task.url}: not there, though dataset_info.json lists it; the source is not complete"
+        ) from error
     report = ShardReport(task.dataset, task.split, task.index, episodes, num_bytes, crc.hexdigest().decode())
     _write_note(task, report)
     return report
@@ -173,9 +189,13 @@ def fetch_shard(task: ShardTask) -> ShardReport:
 
 def _prove_count(task: ShardTask, episodes: int, num_bytes: int) -> None:
     if episodes != task.episodes:
-        raise TFRecordError(f"{task.url}: holds {episodes} records, dataset_info.json says {task.of_episodes}")
+        raise TFRecordError(
+            f"{task.url}: holds {episodes} records, dataset_info.json says {task.of_episodes}"
+        )
     if task.episodes == task.of_episodes and (size := file_size(task.url)) != num_bytes:
-        raise TFRecordError(f"{task.url}: {size:,} bytes long, its records come to {num_bytes:,}; fetch it again")
+        raise TFRecordError(
+            f"{task.url}: {size:,} bytes long, its records come to {num_bytes:,}; fetch it again"
+        )
 
 
 def _finished(task: ShardTask) -> ShardReport | None:
@@ -184,17 +204,34 @@ def _finished(task: ShardTask) -> ShardReport | None:
     if file is None or not task.note.exists():
         return None
     note = read_json(task.note, "the note of a fetched shard")
-    same = (note.pop("url"), note.pop("of_episodes"), note["episodes"]) == (task.url, task.of_episodes, task.episodes)
-    return ShardReport(**{**note, "fetched": False}) if same and file.stat().st_size == note["num_bytes"] else None
+    same = (note.pop("url"), note.pop("of_episodes"), note["episodes"]) == (
+        task.url,
+        task.of_episodes,
+        task.episodes,
+    )
+    return (
+        ShardReport(**{**note, "fetched": False})
+        if same and file.stat().st_size == note["num_bytes"]
+        else None
+    )
 
 
 def note_locked(tasks: list[ShardTask], lock: Lock) -> None:
-    """Note what a finished download already holds, so that growing or mending it fetches only the difference."""
-    locked = {(d.name, s.split, i): shard for d in lock.datasets for s in d.splits for i, shard in enumerate(s.shards)}
+    """Note what a finished download already holds, so that growing or mending it fetches only the
+    difference.
+    """
+    locked = {
+        (d.name, s.split, i): shard
+        for d in lock.datasets
+        for s in d.splits
+        for i, shard in enumerate(s.shards)
+    }
     for task in tasks:
         shard = locked.get((task.dataset, task.split, task.index))
         if shard is not None and shard.source_shard == task.source_shard and not task.note.exists():
-            report = ShardReport(task.dataset, task.split, task.index, shard.episodes, shard.num_bytes, shard.crc32c)
+            report = ShardReport(
+                task.dataset, task.split, task.index, shard.episodes, shard.num_bytes, shard.crc32c
+            )
             _write_note(task, report)
 
 
@@ -219,7 +256,9 @@ def finish_download(
         splits = [_finish_split(plan, fetched, data) for plan in own]
         with atomic_write(folder / FEATURES_FILE) as stream:
             stream.write(own[0].source.features_text.encode())
-        write_json(folder / INFO_FILE, own[0].source.info.with_splits([_info_split(split) for split in splits]))
+        write_json(
+            folder / INFO_FILE, own[0].source.info.with_splits([_info_split(split) for split in splits])
+        )
         datasets.append(
             LockedDataset(
                 name=name,
@@ -252,7 +291,10 @@ def _finish_split(
             )
         )
     return LockedSplit(
-        split=plan.spec.split, episodes=plan.episodes, of_episodes=plan.split.num_episodes, shards=tuple(shards)
+        split=plan.spec.split,
+        episodes=plan.episodes,
+        of_episodes=plan.split.num_episodes,
+        shards=tuple(shards),
     )
 
 
@@ -287,4 +329,3 @@ def clean_up(data: Path) -> None:
 
 def _folder(plan: SplitPlan, data: Path) -> Path:
     return data / plan.spec.name / plan.spec.version
-

@@ -2,7 +2,9 @@
 
 
 class UserError(ValueError):
-    """Something the user gave is wrong: the message says where, what, and how to mend it. Commands exit 2 on it."""
+    """Something the user gave is wrong: the message says where, what, and how to mend it. Commands exit 2 on
+    it.
+    """
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

@@ -15,7 +15,9 @@ from oxe_mix.errors import UserError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open `path` for writing under a temporary name; it appears, whole, when the block ends without an error."""
+    """Open `path` for writing under a temporary name; it appears, whole, when the block ends without an
+    error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,7 +48,9 @@ def read_json(path: Path, what: str) -> Any:
 
 @contextmanager
 def folder_lock(folder: Path, what: str) -> Iterator[None]:
-    """Hold `folder` for one writer; a second one is refused at once. The kernel lets go when the process ends."""
+    """Hold `folder` for one writer; a second one is refused at once. The kernel lets go when the process
+    ends.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stream = (folder / ".oxe-mix.busy").open("w")
@@ -56,5 +60,7 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{folder}: another {what} is writing here; wait for it or choose another folder") from error
+            raise UserError(
+                f"{folder}: another {what} is writing here; wait for it or choose another folder"
+            ) from error
         yield

@@ -1,4 +1,6 @@
-"""oxe-mix.lock.json: what a download asked for, where every record came from, and the checksums of what is on disk."""
+"""oxe-mix.lock.json: what a download asked for, where every record came from, and the checksums of what is on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class LockedDataset(_Model):
 
 
 class Lock(_Model):
-    """The whole of a data folder. `complete` is false from the first byte fetched until the last one is in place."""
+    """The whole of a data folder. `complete` is false from the first byte fetched until the last one is in
+    place.
+    """
 
     format: int = 1
     complete: bool
@@ -75,7 +79,9 @@ def read_lock(data: Path) -> Lock | None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{file}: {place}: {first['msg']}; the file was edited or is of another version") from error
+        raise UserError(
+            f"{file}: {place}: {first['msg']}; the file was edited or is of another version"
+        ) from error
 
 
 def write_lock(data: Path, lock: Lock) -> None:
@@ -86,8 +92,8 @@ def write_lock(data: Path, lock: Lock) -> None:
 def refuse_other_mix(data: Path, lock: Lock, mix: Mix) -> None:
     """Let a mix into a folder that holds another one only if it grows that one.
 
-    Growing: same seed and sources, every dataset still there with a fraction at least as large. Names and weights are
-    free: they do not change what is on disk.
+    Growing: same seed and sources, every dataset still there with a fraction at least as large. Names and
+    weights are free: they do not change what is on disk.
 
     Raises: UserError naming the first difference.
     """
@@ -102,4 +108,6 @@ def refuse_other_mix(data: Path, lock: Lock, mix: Mix) -> None:
         elif spec.fraction < old.fraction:
             problem = problem or f"{old.name} shrinks from {old.fraction:g} to {spec.fraction:g}"
     if problem:
-        raise UserError(f"{data}: holds mix {lock.mix.name!r}, which this one does not grow: {problem}; use another --out")
+        raise UserError(
+            f"{data}: holds mix {lock.mix.name!r}, which this one does not grow: {problem}; use another --out"
+        )

@@ -24,7 +24,8 @@ class DatasetSpec(BaseModel):
     version: str  # exact, "0.1.0": with "latest", one mix would give two different downloads
     split: str = "train"
     fraction: float  # share of the split's episodes (not shards, bytes or steps), at least one episode
-    # P(dataset) in training is proportional to weight x its written samples; 1 everywhere is one pass over all of them.
+    # P(dataset) in training is proportional to weight x its written samples; 1 everywhere is one pass over
+    # all of them.
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     source: str | None = None  # where this dataset lies, when not in the mix's source
 
@@ -58,7 +59,9 @@ class Mix(BaseModel):
         seen = [(spec.name, spec.split) for spec in self.datasets]
         twice = next((pair for pair in seen if seen.count(pair) > 1), None)
         if twice:
-            raise ValueError(f"{twice[0]}, split {twice[1]}, stands here twice; add the fractions or weights up")
+            raise ValueError(
+                f"{twice[0]}, split {twice[1]}, stands here twice; add the fractions or weights up"
+            )
         weights: dict[str, float] = {}
         for spec in self.datasets:
             if weights.setdefault(spec.name, spec.weight) != spec.weight:
@@ -102,7 +105,9 @@ def find_mix(mix: Path) -> Path:
 
 
 def _with_card_names(mix: Mix, cards: Cards, file: Path) -> Mix:
-    """Every name becomes its card's name, so that an alias and the name are one dataset everywhere after this."""
+    """Every name becomes its card's name, so that an alias and the name are one dataset everywhere after
+    this.
+    """
     specs = []
     for i, spec in enumerate(mix.datasets):
         try:
@@ -115,7 +120,10 @@ def _with_card_names(mix: Mix, cards: Cards, file: Path) -> Mix:
 
 def _problems(error: ValidationError) -> list[str]:
     known = {**Mix.model_fields, **DatasetSpec.model_fields}
-    return [f"{'.'.join(map(str, problem['loc'])) or 'mix'}: {_in_our_words(problem, known)}" for problem in error.errors()]
+    return [
+        f"{'.'.join(map(str, problem['loc'])) or 'mix'}: {_in_our_words(problem, known)}"
+        for problem in error.errors()
+    ]
 
 
 def _in_our_words(problem: Any, known: dict[str, Any]) -> str:

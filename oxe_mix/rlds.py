@@ -1,7 +1,8 @@
-"""RLDS datasets on disk or in a bucket: dataset_info.json, features.json, shard names and records, as TFDS lays them out.
+"""RLDS datasets on disk or in a bucket: dataset_info.json, features.json, shard names and records, as TFDS
+lays them out.
 
-Both JSON files are read here directly: TFDS would import classes by the names that features.json gives, and a bucket's
-file must not decide what is imported.
+Both JSON files are read here directly: TFDS would import classes by the names that features.json gives, and a
+bucket's file must not decide what is imported.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class DatasetInfo:
-    """What dataset_info.json says; `raw` is the file itself, so that what we do not know survives a rewrite."""
+    """What dataset_info.json says; `raw` is the file itself, so that what we do not know survives a
+    rewrite.
+    """
 
     name: str
     version: str
@@ -76,16 +79,22 @@ def parse_dataset_info(text: str, where: str) -> DatasetInfo:
         name, version = raw["name"], raw["version"]
         splits = {
             entry["name"]: Split(
-                entry["name"], tuple(int(n) for n in entry.get("shardLengths", ())), int(entry.get("numBytes", 0))
+                entry["name"],
+                tuple(int(n) for n in entry.get("shardLengths", ())),
+                int(entry.get("numBytes", 0)),
             )
             for entry in raw["splits"]
         }
         templates = {entry.get("filepathTemplate", _DEFAULT_TEMPLATE) for entry in raw["splits"]}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not a dataset_info.json of TFDS ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{where}: not a dataset_info.json of TFDS ({type(error).__name__}: {error})"
+        ) from error
     for word in (name, version, *splits):
         if not SAFE_NAME.fullmatch(word):
-            raise UserError(f"{where}: {word!r} is no name for a file; only letters, digits, '-', '_' and '.'")
+            raise UserError(
+                f"{where}: {word!r} is no name for a file; only letters, digits, '-', '_' and '.'"
+            )
     if raw.get("fileFormat", "tfrecord") != "tfrecord":
         raise UserError(f"{where}: file format {raw['fileFormat']}; only tfrecord is supported")
     if templates - {_DEFAULT_TEMPLATE}:
@@ -95,7 +104,9 @@ def parse_dataset_info(text: str, where: str) -> DatasetInfo:
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One leaf of the feature tree: kind is image, text or tensor; dtype as NumPy names it, 'string' for bytes."""
+    """One leaf of the feature tree: kind is image, text or tensor; dtype as NumPy names it, 'string' for
+    bytes.
+    """
 
     kind: str
     shape: tuple[int | None, ...]
@@ -104,7 +115,9 @@ class Feature:
 
     @property
     def width(self) -> int | None:
-        """Columns per step when stacked to (T, d): a scalar counts as one; None when it is no vector of numbers."""
+        """Columns per step when stacked to (T, d): a scalar counts as one; None when it is no vector of
+        numbers.
+        """
         if self.kind != "tensor" or self.dtype == "string" or len(self.shape) > 1:
             return None
         return self.shape[0] if self.shape else 1
@@ -128,7 +141,9 @@ def parse_features(text: str, where: str) -> FeatureTree:
         steps = top.pop("steps")
         tree = FeatureTree(_leaves(top), _leaves(_children(steps["sequence"]["feature"])))
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not the features.json of an RLDS dataset ({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{where}: not the features.json of an RLDS dataset ({type(error).__name__}: {error})"
+        ) from error
     return tree
 
 
@@ -150,7 +165,9 @@ def _leaves(children: dict[str, Any], above: Key = ()) -> dict[Key, Feature]:
 def _leaf(node: dict[str, Any]) -> Feature:
     if "image" in node:
         image = node["image"]
-        return Feature("image", _shape(image), image.get("dtype", "uint8"), image.get("encodingFormat", "png"))
+        return Feature(
+            "image", _shape(image), image.get("dtype", "uint8"), image.get("encodingFormat", "png")
+        )
     if "text" in node:
         return Feature("text", (), "string", "none")
     if "tensor" in node:

@@ -28,9 +28,11 @@ def num_kept(num_episodes: int, fraction: float) -> int:
 
 
 def select(info: DatasetInfo, split: Split, fraction: float, seed: int) -> list[Pick]:
-    """The shards to take, in the order of a seeded permutation: whole ones, and of the last perhaps only a part.
+    """The shards to take, in the order of a seeded permutation: whole ones, and of the last perhaps only a
+    part.
 
-    The count is exact, and a smaller fraction with the same seed is a prefix of a larger one, record for record.
+    The count is exact, and a smaller fraction with the same seed is a prefix of a larger one, record for
+    record.
 
     Args:
         fraction: share of the split's episodes, in (0, 1].

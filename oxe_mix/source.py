@@ -7,7 +7,14 @@ from typing import Any, BinaryIO, cast
 
 from oxe_mix.cards import Card
 from oxe_mix.errors import UserError
-from oxe_mix.rlds import FEATURES_FILE, INFO_FILE, DatasetInfo, FeatureTree, parse_dataset_info, parse_features
+from oxe_mix.rlds import (
+    FEATURES_FILE,
+    INFO_FILE,
+    DatasetInfo,
+    FeatureTree,
+    parse_dataset_info,
+    parse_features,
+)
 
 # Public buckets: whatever credentials the machine has are neither read nor sent.
 _ANONYMOUS: dict[str, dict[str, Any]] = {"gs": {"token": "anon"}, "s3": {"anon": True}}
@@ -34,9 +41,13 @@ def open_dataset(source: str, card: Card, version: str) -> SourceDataset:
         if info_text is not None:
             features_text = _read_text(f"{folder}/{FEATURES_FILE}")
             if features_text is None:
-                raise UserError(f"{folder}: has {INFO_FILE} but no {FEATURES_FILE}; this copy is not complete")
+                raise UserError(
+                    f"{folder}: has {INFO_FILE} but no {FEATURES_FILE}; this copy is not complete"
+                )
             info = parse_dataset_info(info_text, f"{folder}/{INFO_FILE}")
-            return SourceDataset(folder, info, features_text, parse_features(features_text, f"{folder}/{FEATURES_FILE}"))
+            return SourceDataset(
+                folder, info, features_text, parse_features(features_text, f"{folder}/{FEATURES_FILE}")
+            )
     raise UserError(f"{card.name} {version}: no {INFO_FILE} in {' or '.join(folders)}; is --source right?")
 
 
@@ -65,7 +76,9 @@ def _read_text(url: str) -> str | None:
     except FileNotFoundError:
         return None
     except (ImportError, ValueError) as error:
-        raise UserError(f"{url}: cannot be opened ({error}); expected a folder, or gs://, s3:// or https://") from error
+        raise UserError(
+            f"{url}: cannot be opened ({error}); expected a folder, or gs://, s3:// or https://"
+        ) from error
     except OSError as error:
         raise UserError(f"{url}: cannot be read ({error})") from error
 

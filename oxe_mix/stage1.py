@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 
 from oxe_mix.cards import load_cards
-from oxe_mix.download import SplitPlan, clean_up, finish_download, locked_files, note_locked, plan_download, shard_tasks
+from oxe_mix.download import (
+    ShardReport,
+    SplitPlan,
+    clean_up,
+    finish_download,
+    locked_files,
+    note_locked,
+    plan_download,
+    shard_tasks,
+)
 from oxe_mix.errors import UserError
 from oxe_mix.files import folder_lock
 from oxe_mix.lock import Lock, read_lock, refuse_other_mix, write_lock
 from oxe_mix.mix import Mix, load_mix
-from oxe_mix.text import count, say, size, table
+from oxe_mix.text import complain, count, say, size, table
 
 
-def run_download(  # noqa: PLR0913 - one parameter per option of the command line
-    mix_file: Path, out: Path, *, source: str | None, dry_run: bool, cards_folder: Path | None, workers: int | None
+def run_download(
+    mix_file: Path,
+    out: Path,
+    *,
+    source: str | None,
+    dry_run: bool,
+    cards_folder: Path | None,
+    workers: int | None,
 ) -> int:
     """Download a mix into a folder.
 
@@ -43,7 +57,9 @@ def run_download(  # noqa: PLR0913 - one parameter per option of the command lin
         return _fetch_and_finish(mix, plans, out, lock, workers)
 
 
-def _fetch_and_finish(mix: Mix, plans: list[SplitPlan], out: Path, lock: Lock | None, workers: int | None) -> int:
+def _fetch_and_finish(
+    mix: Mix, plans: list[SplitPlan], out: Path, lock: Lock | None, workers: int | None
+) -> int:
     from pipelines.download import fetch_all
 
     start = time.monotonic()
@@ -54,9 +70,8 @@ def _fetch_and_finish(mix: Mix, plans: list[SplitPlan], out: Path, lock: Lock | 
         note_locked(tasks, lock)
     reports, failures = fetch_all(tasks, workers)
     if failures:
-        for failure in failures:
-            print(f"error: {failure}", file=sys.stderr)
-        say(f"{len(reports)} of {count(len(tasks), 'shard')} fetched; the next run fetches only the missing ones")
+        complain("\n".join(failures))
+        say(f"{len(reports)} of {count(len(tasks), 'shard')} fetched; the next run fetches only the missing")
         return 1
     # From here on names change, so until the new lock is written no reader may take the folder for whole.
     write_lock(out, Lock(complete=False, mix=mix))
@@ -69,7 +84,9 @@ def _fetch_and_finish(mix: Mix, plans: list[SplitPlan], out: Path, lock: Lock | 
 
 
 def _all_there(lock: Lock, data: Path) -> bool:
-    return all(file.exists() and file.stat().st_size == shard.num_bytes for file, shard in locked_files(lock, data))
+    return all(
+        file.exists() and file.stat().st_size == shard.num_bytes for file, shard in locked_files(lock, data)
+    )
 
 
 def _plan_table(plans: list[SplitPlan], out: Path) -> str:
@@ -84,14 +101,24 @@ def _plan_table(plans: list[SplitPlan], out: Path) -> str:
         for plan in plans
     ]
     total = sum(plan.estimated_bytes for plan in plans)
-    rows.append(("total", "", f"{sum(p.episodes for p in plans):,}", str(sum(len(p.picks) for p in plans)), size(total)))
+    rows.append(
+        (
+            "total",
+            "",
+            f"{sum(p.episodes for p in plans):,}",
+            str(sum(len(p.picks) for p in plans)),
+            size(total),
+        )
+    )
     free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
     if total > free:
-        raise UserError(f"{out}: the mix needs about {size(total)}, the disk has {size(free)} free; lower the fractions")
+        raise UserError(
+            f"{out}: the mix needs about {size(total)}, the disk has {size(free)} free; lower the fractions"
+        )
     return f"{table(('dataset', 'split', 'episodes', 'shards', 'about'), rows)}\ndisk free: {size(free)}"
 
 
-def _summary(plans: list[SplitPlan], fetched: list[int], reports: list[object], seconds: float) -> str:
+def _summary(plans: list[SplitPlan], fetched: list[int], reports: list[ShardReport], seconds: float) -> str:
     asked = sum(plan.episodes for plan in plans)
     return (
         f"asked {count(asked, 'episode')} in {count(len(reports), 'shard')}, done {asked:,}, dropped 0; "
@@ -106,4 +133,3 @@ def _absolute(source: str) -> str:
 
 def _next(out: Path) -> str:
     return f"oxe-mix convert --to llava --data {out}"
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 
@@ -32,3 +33,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def say(text: str) -> None:
     """Print for the user, at once even into a pipe."""
     print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """One `error: …` line on stderr for each line of a message."""
+    for line in text.splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """TFRecord files without TensorFlow: every record is read with both of its checksums proved.
 
-Format: length (uint64), masked crc32c of the length, payload, masked crc32c of the payload; all little-endian.
+Format: length (uint64), masked crc32c of the length, payload, masked crc32c of the payload; all
+    little-endian.
 Source: tensorflow/core/lib/io/record_writer.h.
 """
 
@@ -19,7 +20,8 @@ FRAME_BYTES = 16  # what a record costs beside its payload
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _MASK_DELTA = 0xA282EAD8
-# A length beyond this is taken for garbage rather than allocated: the longest Open-X episodes are some 100 MB.
+# A length beyond this is taken for garbage rather than allocated: the longest Open-X episodes are some 100
+# MB.
 _MAX_PAYLOAD = 1 << 32
 _STRANGERS = (
     (b"version https://git-lfs", "a git-LFS pointer, not the data; run 'git lfs pull' where it came from"),
@@ -62,13 +64,19 @@ def read_records(stream: BinaryIO, name: str) -> Iterator[Record]:
             raise TFRecordError(f"{where}: the file ends inside the record's header; fetch it again")
         length, length_crc = _HEADER.unpack(header)
         if _masked_crc(header[:8]) != length_crc or length > _MAX_PAYLOAD:
-            raise TFRecordError(f"{where}: the checksum of the length is wrong; the file is damaged or no TFRecord")
+            raise TFRecordError(
+                f"{where}: the checksum of the length is wrong; the file is damaged or no TFRecord"
+            )
         rest = stream.read(length + _FOOTER.size)
         if len(rest) < length + _FOOTER.size:
-            raise TFRecordError(f"{where}: {length:,} bytes announced, the file ends after {len(rest):,}; fetch it again")
+            raise TFRecordError(
+                f"{where}: {length:,} bytes announced, the file ends after {len(rest):,}; fetch it again"
+            )
         payload = rest[:length]
         if _masked_crc(payload) != _FOOTER.unpack(rest[length:])[0]:
-            raise TFRecordError(f"{where}: the checksum of the data is wrong; the file is damaged, fetch it again")
+            raise TFRecordError(
+                f"{where}: the checksum of the data is wrong; the file is damaged, fetch it again"
+            )
         yield Record(framed=header + rest, payload=payload)
         number, offset = number + 1, offset + FRAME_BYTES + length
 
@@ -80,5 +88,5 @@ def _refuse_strangers(start: bytes, name: str) -> None:
 
 
 def _masked_crc(data: bytes) -> int:
-    crc = google_crc32c.value(data)
+    crc: int = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF

@@ -1,4 +1,6 @@
-"""Stage 2 as one Beam graph of two passes: shard names in, counts out. Actions and frames stay in the workers' files."""
+"""Stage 2 as one Beam graph of two passes: shard names in, counts out. Actions and frames stay in the
+workers' files.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class CollectActions(beam.DoFn):
 
 
 class MergeActions(beam.DoFn):
-    """All shards of a dataset become its statistics; the shards go on to the second pass, now that these are known."""
+    """All shards of a dataset become its statistics; the shards go on to the second pass, now that these are
+    known.
+    """
 
     def __init__(self, scratch: str) -> None:
         self._scratch = scratch
@@ -53,7 +57,9 @@ class MergeActions(beam.DoFn):
         file = ""
         if not errors:
             try:
-                file = merge_actions(shards[0][0].card, [actions for _, actions, _ in shards], Path(self._scratch))
+                file = merge_actions(
+                    shards[0][0].card, [actions for _, actions, _ in shards], Path(self._scratch)
+                )
             except UserError as error:
                 errors = [str(error)]
         for job, _, own_error in shards:
@@ -75,7 +81,9 @@ class ConvertShard(beam.DoFn):
             yield {_FAILED: str(own_error)}
 
 
-def convert_all(jobs: list[ShardJob], scratch: Path, workers: int | None) -> tuple[list[ShardCounts], list[str]]:
+def convert_all(
+    jobs: list[ShardJob], scratch: Path, workers: int | None
+) -> tuple[list[ShardCounts], list[str]]:
     """Convert all shards.
 
     Returns: the counts in order of dataset, split and shard, and what was wrong with the shards that failed.

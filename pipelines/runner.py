@@ -23,14 +23,17 @@ def run_and_collect(
 ) -> list[dict[str, Any]]:
     """Run a graph whose end is a collection of small JSON objects, and return them, in no order.
 
-    The graph runs in this process, or in as many worker processes as asked. The runner is named: plain DirectRunner in
-    Beam 2.77 first tries to start Prism, which may download a binary.
+    The graph runs in this process, or in as many worker processes as asked. The runner is named: plain
+    DirectRunner in Beam 2.77 first tries to start Prism, which may download a binary.
     """
-    # Beam tells every change of its workers' state at INFO and WARNING; what matters reaches the user as an exception.
+    # Beam tells every change of its workers' state at INFO and WARNING; what matters reaches the user as an
+    # exception.
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     processes = None
     if workers > 1:
-        processes = SubprocessSDKEnvironment.from_command_string(f"{shlex.quote(sys.executable)} -m pipelines.worker")
+        processes = SubprocessSDKEnvironment.from_command_string(
+            f"{shlex.quote(sys.executable)} -m pipelines.worker"
+        )
     options = PipelineOptions([f"--direct_num_workers={workers}"])
     with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder:
         file = Path(folder) / "reports.json"
@@ -46,4 +49,3 @@ def default_workers(num_tasks: int) -> int:
 
 def _write(reports: list[dict[str, Any]], file: str) -> None:
     Path(file).write_text(json.dumps(reports))
-

@@ -1,4 +1,6 @@
-"""One file per run. Every number of a training run has its one source here; DeepSpeed's JSON is made from it."""
+"""One file per run. Every number of a training run has its one source here; DeepSpeed's JSON is made from
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ class _Strict(BaseModel):
 
 
 class TinyModel(_Strict):
-    """A LLaVA-OneVision of random weights and a tokenizer trained on the questions themselves, for CPUs and tests."""
+    """A LLaVA-OneVision of random weights and a tokenizer trained on the questions themselves, for CPUs and
+    tests.
+    """
 
     image_size: Positive = 64
     patch_size: Positive = 16
@@ -30,7 +34,9 @@ class TinyModel(_Strict):
 
 
 class ModelConfig(_Strict):
-    """Where training starts: a folder or hub id in transformers' LLaVA-OneVision format, or a tiny random model."""
+    """Where training starts: a folder or hub id in transformers' LLaVA-OneVision format, or a tiny random
+    model.
+    """
 
     path: str | None = None
     tiny: TinyModel | None = None
@@ -86,7 +92,9 @@ def load_config(file: Path) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(f"{file}: {_in_our_words(problem)}" for problem in error.errors())) from error
+        raise UserError(
+            "\n".join(f"{file}: {_in_our_words(problem)}" for problem in error.errors())
+        ) from error
 
 
 def _in_our_words(problem: Any) -> str:

@@ -27,7 +27,9 @@ class Tokens:
 
 
 class SampleDataset(Dataset[Tokens]):
-    """A reader's samples as tokens and views. A sample that cannot be had is an error: none is ever swapped."""
+    """A reader's samples as tokens and views. A sample that cannot be had is an error: none is ever
+    swapped.
+    """
 
     def __init__(self, reader: ConversationReader, processor: OneViewProcessor, *, cache: bool) -> None:
         self.reader = reader
@@ -66,15 +68,17 @@ def collate(samples: list[Tokens], processor: OneViewProcessor) -> dict[str, Ten
         "input_ids": torch.tensor(ids),
         "labels": torch.tensor(labels),
         "attention_mask": torch.tensor(mask),
-        "pixel_values": torch.from_numpy(processor.pixels(np.concatenate([sample.views for sample in samples]))),
+        "pixel_values": torch.from_numpy(
+            processor.pixels(np.concatenate([sample.views for sample in samples]))
+        ),
     }
 
 
 class MixSampler(Sampler[int]):
     """An epoch's order by index: as many draws as samples, P(dataset) proportional to weight x its samples.
 
-    Within a dataset no sample comes again before all others have come; with weight 1 everywhere an epoch is one pass
-    over everything. The order depends on the seed and the epoch alone.
+    Within a dataset no sample comes again before all others have come; with weight 1 everywhere an epoch is
+    one pass over everything. The order depends on the seed and the epoch alone.
     """
 
     def __init__(self, ranges: dict[str, range], weights: dict[str, float], seed: int) -> None:
@@ -106,7 +110,9 @@ def _draw(samples: range, draws: int, rng: np.random.Generator) -> NDArray[np.in
 
 
 def _share_out(total: int, parts: dict[str, float]) -> dict[str, int]:
-    """Whole numbers in proportion to `parts` that sum to `total`: the largest remainders get what rounding leaves."""
+    """Whole numbers in proportion to `parts` that sum to `total`: the largest remainders get what rounding
+    leaves.
+    """
     exact = {name: total * part / sum(parts.values()) for name, part in parts.items()}
     whole = {name: int(value) for name, value in exact.items()}
     by_remainder = sorted(exact, key=lambda name: (whole[name] - exact[name], name))
@@ -128,7 +134,7 @@ def check_lengths(dataset: SampleDataset, indices: list[int], max_length: int) -
             raise UserError(f"{dataset.reader[index].id}: the answer has no token to learn from")
         if len(tokens.ids) > max_length:
             raise UserError(
-                f"{dataset.reader[index].id}: {len(tokens.ids)} tokens, train.max_length is {max_length}; raise it"
+                f"{dataset.reader[index].id}: {len(tokens.ids)} tokens > train.max_length {max_length}"
             )
         longest = max(longest, len(tokens.ids))
     return f"longest sample {longest} tokens <= {max_length}"

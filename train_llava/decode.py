@@ -1,4 +1,6 @@
-"""Tokens to actions: prefill once, then exactly A x H greedy tokens among the 256 action ids, batched, with a KV cache."""
+"""Tokens to actions: prefill once, then exactly A x H greedy tokens among the 256 action ids, batched, with a
+KV cache.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class ActionDecoder:
             questions: human turns, each with its <image> markers.
             views: uint8 [N, S, S, 3], all frames in order of the questions.
 
-        Returns: greedy bins and their probabilities. Same bins alone as in a batch: prompts are padded on the left.
+        Returns: greedy bins and their probabilities. Same bins alone as in a batch: prompts are padded on the
+        left.
         """
         ids, mask = self._left_padded([self._processor.prompt_ids(question) for question in questions])
         pixels = torch.from_numpy(self._processor.pixels(views)).to(self._model.device)
@@ -50,13 +53,18 @@ class ActionDecoder:
         with torch.inference_mode():
             picked, probabilities = self._greedy(ids, mask, pixels)
         shape = (len(questions), self._codec.chunk, self._codec.action_dim)
-        return Prediction(picked.numpy(force=True).reshape(shape), probabilities.numpy(force=True).reshape(shape))
+        return Prediction(
+            picked.numpy(force=True).reshape(shape), probabilities.numpy(force=True).reshape(shape)
+        )
 
     def _greedy(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Bins and probabilities, [B, A x H] each: one pass over the prompt, then one per further token."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        out = self._model.hidden_states(ids, pixels, attention_mask=mask, position_ids=positions, use_cache=True)
-        bins, probabilities = [], []
+        out = self._model.hidden_states(
+            ids, pixels, attention_mask=mask, position_ids=positions, use_cache=True
+        )
+        bins: list[Tensor] = []
+        probabilities: list[Tensor] = []
         for _ in range(self._codec.tokens_per_answer):
             if bins:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -83,7 +91,8 @@ class ActionDecoder:
 
 
 def action_record(codec: ActionCodec, prediction: Prediction, unnorm_key: str | None) -> dict[str, Any]:
-    """The first prediction of a batch as JSON: actions [H, A] in robot units, bins and probabilities beside them.
+    """The first prediction of a batch as JSON: actions [H, A] in robot units, bins and probabilities beside
+    them.
 
     Raises: UserError for an unnorm_key that is missing or unknown.
     """

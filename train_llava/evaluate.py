@@ -1,4 +1,6 @@
-"""Answer held-out samples with the decoder that a robot would use, and score the answers. The ranks share the work."""
+"""Answer held-out samples with the decoder that a robot would use, and score the answers. The ranks share the
+work.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,16 @@ _BATCH = 64
 
 
 def evaluate(
-    decoder: ActionDecoder, processor: OneViewProcessor, codec: ActionCodec, reader: ConversationReader, seed: int
+    decoder: ActionDecoder,
+    processor: OneViewProcessor,
+    codec: ActionCodec,
+    reader: ConversationReader,
+    seed: int,
 ) -> dict[str, Any]:
     """Score a reader's samples; every rank gets the same report.
 
-    With shuffled images each question is asked about a frame of another sample of its dataset: a model that looks at
-    its frames must then do worse.
+    With shuffled images each question is asked about a frame of another sample of its dataset: a model that
+    looks at its frames must then do worse.
     """
     swapped = _shuffled(reader.ranges, seed)
     rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -38,11 +44,22 @@ def evaluate(
         parts: list[dict[int, tuple[Bins, Bins]]] = [{} for _ in range(num_ranks)]
         dist.all_gather_object(parts, predicted)
         predicted = {index: bins for part in parts for index, bins in part.items()}
-    return score(codec, [_scored(name, samples, reader, codec, predicted) for name, samples in reader.ranges.items() if samples])
+    return score(
+        codec,
+        [
+            _scored(name, samples, reader, codec, predicted)
+            for name, samples in reader.ranges.items()
+            if samples
+        ],
+    )
 
 
 def _answers(
-    decoder: ActionDecoder, processor: OneViewProcessor, reader: ConversationReader, asked: list[int], shown: list[int]
+    decoder: ActionDecoder,
+    processor: OneViewProcessor,
+    reader: ConversationReader,
+    asked: list[int],
+    shown: list[int],
 ) -> Bins:
     questions = [reader[index].question for index in asked]
     views = np.stack([processor.view(open_image(image)) for index in shown for image in reader[index].images])
@@ -51,7 +68,11 @@ def _answers(
 
 
 def _scored(
-    name: str, samples: range, reader: ConversationReader, codec: ActionCodec, predicted: dict[int, tuple[Bins, Bins]]
+    name: str,
+    samples: range,
+    reader: ConversationReader,
+    codec: ActionCodec,
+    predicted: dict[int, tuple[Bins, Bins]],
 ) -> Scored:
     rows = [reader[index] for index in samples]
     return Scored(

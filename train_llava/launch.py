@@ -13,7 +13,7 @@ from convert.action_codec import read_codec
 from convert.manifest import read_manifest
 from oxe_mix.errors import UserError
 from oxe_mix.files import folder_lock, read_json
-from oxe_mix.text import count, say
+from oxe_mix.text import complain, count, say
 from train_llava.config import load_config
 
 
@@ -32,7 +32,7 @@ def launch(config_file: Path, llava: Path, run: Path | None, num_ranks: int) -> 
     if (run / "config.json").exists():
         raise UserError(f"{run}: holds a trained model already; delete it or name another folder with RUN=")
     say(
-        f"run {config.name}: {count(manifest.num_samples, 'sample')} of {count(len(codec.datasets), 'dataset')}, "
+        f"{config.name}: {count(manifest.num_samples, 'sample')} of {count(len(codec.datasets), 'dataset')}, "
         f"{count(num_ranks, 'rank')}, {config.train.max_steps:,} steps of {config.train.global_batch}"
     )
     shares = ", ".join(f"{d.name} {d.share:.1%}" for d in manifest.datasets)
@@ -40,14 +40,23 @@ def launch(config_file: Path, llava: Path, run: Path | None, num_ranks: int) -> 
     with folder_lock(run, "training"):
         for leftover in (run / ".error.json", run / "metrics.jsonl"):
             leftover.unlink(missing_ok=True)
-        code = subprocess.run(_command(config_file, llava, run, num_ranks), env=_environment(num_ranks), check=False)
+        code = subprocess.run(
+            _command(config_file, llava, run, num_ranks), env=_environment(num_ranks), check=False
+        )
         if (run / ".error.json").exists():
             raise UserError(read_json(run / ".error.json", "the trainer's error")["error"])
     return code.returncode
 
 
 def _command(config_file: Path, llava: Path, run: Path, num_ranks: int) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks)]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(num_ranks),
+    ]
     options = ["--config", str(config_file), "--llava", str(llava), "--into", str(run)]
     return [*torchrun, "-m", "train_llava.train", *options]
 
@@ -75,8 +84,7 @@ def main() -> None:
     try:
         raise SystemExit(launch(args.config, args.llava, args.run, args.nproc))
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        complain(str(error))
         raise SystemExit(2) from error
 
 

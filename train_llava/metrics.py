@@ -17,7 +17,8 @@ Floats = NDArray[np.float64]
 class Scored:
     """Held-out samples of one dataset in order of episode and step: what was recorded and what was predicted.
 
-    target, predicted, shuffled: int64 [N, A]; shuffled is predicted from another sample's frame. episode: [N].
+    target, predicted, shuffled: int64 [N, A]; shuffled is predicted from another sample's frame. episode:
+    [N].
     """
 
     dataset: str
@@ -28,15 +29,22 @@ class Scored:
 
 
 def score(codec: ActionCodec, scored: list[Scored]) -> dict[str, Any]:
-    """Accuracy and L1 over the dimensions that move, for the model, for shuffled frames and for two baselines.
+    """Accuracy and L1 over the dimensions that move, for the model, for shuffled frames and for two
+    baselines.
 
-    A dimension moves when it is not constant in the dataset: constant ones are right for free. L1 is in the codec's
-    range (movements -1 to 1, gripper 0 to 1) so that datasets can be averaged, and per dataset in robot units.
+    A dimension moves when it is not constant in the dataset: constant ones are right for free. L1 is in the
+    codec's range (movements -1 to 1, gripper 0 to 1) so that datasets can be averaged, and per dataset in
+    robot units.
 
-    Baselines: mean_action answers the dataset's mean; repeat_last the recorded action of the step before in the same
-    episode, and the mean at an episode's first step.
+    Baselines: mean_action answers the dataset's mean; repeat_last the recorded action of the step before in
+    the same episode, and the mean at an episode's first step.
     """
-    errors: dict[str, list[Floats]] = {"model": [], "shuffled_images": [], "mean_action": [], "repeat_last": []}
+    errors: dict[str, list[Floats]] = {
+        "model": [],
+        "shuffled_images": [],
+        "mean_action": [],
+        "repeat_last": [],
+    }
     distances, per_dataset = [], {}
     for own in scored:
         stats = codec.datasets[own.dataset]
@@ -58,7 +66,9 @@ def score(codec: ActionCodec, scored: list[Scored]) -> dict[str, Any]:
         "samples": num,
         "l1": {name: float(np.concatenate(values).mean()) for name, values in errors.items()},
         "accuracy": {
-            f"within_{d}" if d else "exact": float(np.concatenate([(x <= d).ravel() for x in distances]).mean())
+            f"within_{d}" if d else "exact": float(
+                np.concatenate([(x <= d).ravel() for x in distances]).mean()
+            )
             for d in (0, 1, 5)
         },
         "datasets": per_dataset,
@@ -76,7 +86,8 @@ def _dataset(own: Scored, stats: ActionStats, l1: dict[str, Floats]) -> dict[str
 
 
 def _mean(stats: ActionStats) -> Floats:
-    return normalize(np.array([stats.mean]), stats)[0]
+    mean: Floats = normalize(np.array([stats.mean]), stats)[0]
+    return mean
 
 
 def _repeat_last(own: Scored, stats: ActionStats) -> Floats:
@@ -90,7 +101,11 @@ def _repeat_last(own: Scored, stats: ActionStats) -> Floats:
 def summary(report: dict[str, Any]) -> str:
     """The report's figures in a few lines."""
     l1, mean = report["l1"], report["l1"]["mean_action"]
-    lines = [f"held out: {report['samples']:,} samples; L1 over the dimensions that move (of the mean action's):"]
+    lines = [
+        f"held out: {report['samples']:,} samples; L1 over the dimensions that move (of the mean action's):"
+    ]
     lines += [f"  {name:<16} {value:.3f}  ({value / mean:.2f})" for name, value in l1.items()]
-    accuracy = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in report["accuracy"].items())
+    accuracy = ", ".join(
+        f"{name.replace('_', ' ')} {value:.1%}" for name, value in report["accuracy"].items()
+    )
     return "\n".join([*lines, f"  bins: {accuracy}"])

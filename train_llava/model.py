@@ -17,7 +17,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from convert.action_codec import action_tokens
 from convert.llava import IMAGE
@@ -27,7 +29,8 @@ from train_llava.processor import IGNORE, OneViewProcessor
 
 _END_OF_TURN, _VIDEO = "<|im_end|>", "<video>"
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", _END_OF_TURN, IMAGE, _VIDEO]
-# Turns between <|im_start|> and <|im_end|>, images before the text: the layout of LLaVA-OneVision's Qwen2 prompts.
+# Turns between <|im_start|> and <|im_end|>, images before the text: the layout of LLaVA-OneVision's Qwen2
+# prompts.
 _CHAT_TEMPLATE = (
     "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\n' }}"
     "{% for part in turn['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
@@ -43,7 +46,9 @@ class OneViewLlava(LlavaOnevisionForConditionalGeneration):
     """
 
     def frame_features(self, pixel_values: Tensor) -> Tensor:
-        """Views [N, 3, S, S] to what stands in for a frame's tokens, [N, patches + 1, hidden]: a newline comes last."""
+        """Views [N, 3, S, S] to what stands in for a frame's tokens, [N, patches + 1, hidden]: a newline
+        comes last.
+        """
         layer = self.config.vision_feature_layer
         states = self.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
         picked = states[layer] if isinstance(layer, int) else torch.cat([states[i] for i in layer], dim=-1)
@@ -57,10 +62,12 @@ class OneViewLlava(LlavaOnevisionForConditionalGeneration):
         """The language model's output over a batch; the library checks that frames and image tokens match."""
         encoded = None
         if pixel_values is not None:
-            encoded = {"image": BaseModelOutputWithPooling(pooler_output=tuple(self.frame_features(pixel_values)))}
+            # The library takes features that are ready, one [tokens, hidden] per frame.
+            features: Any = tuple(self.frame_features(pixel_values))
+            encoded = {"image": BaseModelOutputWithPooling(pooler_output=features)}
         return self.model(input_ids=input_ids, mm_encoder_outputs=encoded, **kwargs)
 
-    def forward(  # type: ignore[override]  # one view per frame: the anyres arguments are gone
+    def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
@@ -72,9 +79,11 @@ class OneViewLlava(LlavaOnevisionForConditionalGeneration):
         """Logits of every position, or with labels the loss on the supervised ones alone.
 
         Args:
-            input_ids: [B, L]; pixel_values: [N, 3, S, S] in order of the image tokens; labels: [B, L], IGNORE where
+            input_ids: [B, L]; pixel_values: [N, 3, S, S] in order of the image tokens; labels: [B, L], IGNORE
+                where
                 a token is not supervised.
-            num_items_in_batch: supervised tokens of the whole optimizer step, when the loss is to be their mean.
+            num_items_in_batch: supervised tokens of the whole optimizer step, when the loss is to be their
+                mean.
         """
         hidden = self.hidden_states(
             input_ids, pixel_values, attention_mask=attention_mask, use_cache=False
@@ -90,7 +99,9 @@ class OneViewLlava(LlavaOnevisionForConditionalGeneration):
         return CausalLMOutputWithPast(loss=total / count, logits=logits)
 
 
-def load_or_build(config: ModelConfig, questions: list[str], seed: int) -> tuple[OneViewLlava, OneViewProcessor]:
+def load_or_build(
+    config: ModelConfig, questions: list[str], seed: int
+) -> tuple[OneViewLlava, OneViewProcessor]:
     """The model and processor that training starts from, with the action tokens in both.
 
     Args:
@@ -116,10 +127,13 @@ def load_checkpoint(path: str | Path) -> tuple[OneViewLlava, OneViewProcessor]:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise UserError(f"{path}: no config.json, so no model; give the folder that training wrote")
     try:
-        model, report = OneViewLlava.from_pretrained(str(path), output_loading_info=True, dtype=torch.float32)
+        loaded: Any = OneViewLlava.from_pretrained(str(path), output_loading_info=True, dtype=torch.float32)
         processor = OneViewProcessor.from_pretrained(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no LLaVA-OneVision that can be loaded ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: no LLaVA-OneVision that can be loaded ({str(error).splitlines()[0]})"
+        ) from error
+    model, report = loaded
     if report["missing_keys"] or report["unexpected_keys"]:
         missing, extra = sorted(report["missing_keys"])[:3], sorted(report["unexpected_keys"])[:3]
         raise UserError(f"{path}: weights do not fit the model; missing {missing}, unexpected {extra}")
@@ -138,18 +152,18 @@ def save_checkpoint(folder: Path, model: OneViewLlava, processor: OneViewProcess
 def add_action_tokens(model: OneViewLlava, tokenizer: PreTrainedTokenizerBase) -> None:
     """Add the 256 action tokens once, and prove that they survive the tokenizer, alone and side by side.
 
-    New rows of the input and output embeddings start at the mean of the old ones, so that no action token begins as a
-    stranger or a favourite; a tied head stays tied.
+    New rows of the input and output embeddings start at the mean of the old ones, so that no action token
+    begins as a stranger or a favourite; a tied head stays tied.
     """
-    old_rows = model.get_input_embeddings().weight.shape[0]
+    old_rows = int(_table(model.get_input_embeddings()).shape[0])
     added = tokenizer.add_tokens(action_tokens(), special_tokens=True)
     if len(tokenizer) > old_rows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if added:
         first = len(tokenizer) - added
-        tables = {id(t.weight): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings())}
+        both = (_table(model.get_input_embeddings()), _table(model.get_output_embeddings()))
         with torch.no_grad():
-            for weight in tables.values():
+            for weight in {id(table): table for table in both}.values():  # a tied head is one table
                 weight[first:] = weight[:first].mean(dim=0)
     prove_action_tokens(tokenizer)
 
@@ -157,17 +171,32 @@ def add_action_tokens(model: OneViewLlava, tokenizer: PreTrainedTokenizerBase) -
 def prove_action_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of the 256 action tokens, in order of their bins.
 
-    Raises: UserError when they are not 256 distinct single ids that survive encoding and decoding side by side.
+    Raises: UserError when they are not 256 distinct single ids that survive encoding and decoding side by
+    side.
     """
     tokens = action_tokens()
-    ids = [int(i) for i in tokenizer.convert_tokens_to_ids(tokens)]
+    ids = [_token_id(tokenizer, token) for token in tokens]
     alone = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
     together = tokenizer("".join(tokens), add_special_tokens=False)["input_ids"]
     if len(set(ids)) != len(tokens) or alone != [[i] for i in ids] or together != ids:
-        raise UserError("the tokenizer does not keep the 256 action tokens apart; the checkpoint is not one of ours")
+        raise UserError(
+            "the tokenizer does not keep the 256 action tokens apart; the checkpoint is not one of ours"
+        )
     if tokenizer.decode(ids, spaces_between_special_tokens=False) != "".join(tokens):
         raise UserError("the tokenizer does not give the action tokens back as they were")
     return ids
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
+
+
+def _table(layer: Any) -> Tensor:
+    """The weights of an embedding or of a head, [vocabulary, hidden]."""
+    weight: Tensor = layer.weight
+    return weight
 
 
 def _build_tiny(tiny: TinyModel, questions: list[str]) -> tuple[OneViewLlava, OneViewProcessor]:
@@ -201,7 +230,7 @@ def _build_tiny(tiny: TinyModel, questions: list[str]) -> tuple[OneViewLlava, On
             pad_token_id=tokenizer.pad_token_id,
         ),
         image_token_index=processor.image_token_id,
-        video_token_index=tokenizer.convert_tokens_to_ids(_VIDEO),
+        video_token_index=_token_id(tokenizer, _VIDEO),
         image_grid_pinpoints=[[tiny.image_size] * 2],
     )
     return OneViewLlava(config), processor
@@ -220,7 +249,8 @@ def _train_tokenizer(questions: list[str], vocabulary: int) -> PreTrainedTokeniz
     )
     tokenizer.train_from_iterator([f"user\n{q}assistant\n" for q in sorted(set(questions))], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=_END_OF_TURN, pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=_END_OF_TURN,
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
     )
-
-

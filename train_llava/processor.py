@@ -1,4 +1,6 @@
-"""From a question and its frames to token ids and pixels: the one path that training, evaluation and acting share."""
+"""From a question and its frames to token ids and pixels: the one path that training, evaluation and acting
+share.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from transformers import PreTrainedTokenizerBase
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.processing_utils import ProcessorMixin
 
@@ -20,10 +24,12 @@ IGNORE = -100  # the label of a token that is not supervised, as PyTorch's cross
 
 
 class OneViewProcessor(LlavaOnevisionProcessor):
-    """LLaVA-OneVision's processor without its video half, which needs torchvision, and with one view per frame.
+    """LLaVA-OneVision's processor without its video half, which needs torchvision, and with one view per
+    frame.
 
-    A robot frame is one square view: (image_size / patch_size)² tokens and a newline, where anyres_max_9 would cut a
-    256x256 frame into 1,485. The view is what LLaVA-OneVision itself makes as the base view of a picture.
+    A robot frame is one square view: (image_size / patch_size)² tokens and a newline, where anyres_max_9
+    would cut a 256x256 frame into 1,485. The view is what LLaVA-OneVision itself makes as the base view of a
+    picture.
     """
 
     def __init__(
@@ -53,13 +59,15 @@ class OneViewProcessor(LlavaOnevisionProcessor):
         Raises: ValueError when the chat template loses or invents an image.
         """
         num_images = question.count(IMAGE)
-        parts: list[dict[str, str]] = [{"type": "image"}] * num_images
+        parts: list[Any] = [{"type": "image"}] * num_images
         parts.append({"type": "text", "text": question.replace(IMAGE, "").strip()})
-        turns = [{"role": "user", "content": parts}]
+        turns: list[Any] = [{"role": "user", "content": parts}]
         text = self.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if ids.count(self.image_token_id) != num_images:
-            raise ValueError(f"{num_images} images in the question, {ids.count(self.image_token_id)} in the prompt")
+            raise ValueError(
+                f"{num_images} images in the question, {ids.count(self.image_token_id)} in the prompt"
+            )
         view = [self.image_token_id] * (self.num_image_tokens + 1)
         return [token for id_ in ids for token in (view if id_ == self.image_token_id else [id_])]
 
@@ -69,13 +77,17 @@ class OneViewProcessor(LlavaOnevisionProcessor):
         return [*ids, self.end_of_turn]
 
     def view(self, image: Image.Image) -> NDArray[np.uint8]:
-        """A frame as the model sees it before scaling: uint8 [S, S, 3], resized without keeping the aspect."""
+        """A frame as the model sees it before scaling: uint8 [S, S, 3], resized without keeping the
+        aspect.
+        """
         size = self.image_processor.size
         square = (size["width"], size["height"])
         return np.asarray(image.convert("RGB").resize(square, Image.Resampling.BICUBIC))
 
     def pixels(self, views: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Views [N, S, S, 3] to the vision tower's input, float32 [N, 3, S, S], scaled by its mean and deviation."""
+        """Views [N, S, S, 3] to the vision tower's input, float32 [N, 3, S, S], scaled by its mean and
+        deviation.
+        """
         mean = np.array(self.image_processor.image_mean, np.float32) * 255
         std = np.array(self.image_processor.image_std, np.float32) * 255
         return np.ascontiguousarray(((views.astype(np.float32) - mean) / std).transpose(0, 3, 1, 2))

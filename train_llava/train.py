@@ -1,4 +1,6 @@
-"""One training run, top to bottom, as each rank executes it. Started by `make train` through `train_llava.launch`."""
+"""One training run, top to bottom, as each rank executes it. Started by `make train` through
+`train_llava.launch`.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,16 @@ from train_llava.model import OneViewLlava, load_or_build, save_checkpoint
 from train_llava.processor import OneViewProcessor
 
 METRICS_FILE, REPORT_FILE = "metrics.jsonl", "evaluation.json"
-# Questions that a tiny model's tokenizer is trained on, spread over the data: enough to meet every word of it.
+# Questions that a tiny model's tokenizer is trained on, spread over the data: enough to meet every word of
+# it.
 _TOKENIZER_SAMPLES = 2000
 
 
 def train(config: RunConfig, llava: Path, run: Path) -> None:
-    """Train a model on a converted folder and leave it in `run`, with its codec, its metrics and its report."""
-    rank, num_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Train a model on a converted folder and leave it in `run`, with its codec, its metrics and its
+    report.
+    """
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     tell = say if rank == 0 else _silent
     set_seed(config.seed)
     codec = read_codec(llava)
@@ -103,7 +108,12 @@ class _Metrics(TrainerCallback):
         self._file = run / METRICS_FILE
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        **_: Any,
     ) -> None:
         """Called with what the trainer has to say."""
         if not state.is_world_process_zero or "loss" not in logs:
@@ -111,7 +121,10 @@ class _Metrics(TrainerCallback):
         line = {"step": state.global_step, **logs}
         with self._file.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
-        say(f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  lr {logs['learning_rate']:.2e}")
+        say(
+            f"step {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.4f}  "
+            f"lr {logs['learning_rate']:.2e}"
+        )
 
 
 def _arguments(config: RunConfig, run: Path, num_ranks: int) -> TrainingArguments:
@@ -146,15 +159,19 @@ def _preflight(
 ) -> None:
     """What must hold before step 1, said in a line each.
 
-    Raises: UserError when a sample does not fit, nothing is supervised, or the frame does not reach the answer.
+    Raises: UserError when a sample does not fit, nothing is supervised, or the frame does not reach the
+    answer.
     """
     weights = sum(p.numel() for p in model.parameters())
     size = processor.image_processor.size["height"]
-    tell(f"model: {weights / 1e6:.2f} M weights, one {size} view per frame: {processor.num_image_tokens + 1} tokens")
-    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    tokens = processor.num_image_tokens + 1
+    tell(f"model: {weights / 1e6:.2f} M weights; a frame is one {size}x{size} view of {tokens} tokens")
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     own = config.train
     accumulation = config.accumulation(num_ranks)
-    tell(f"batch: {own.global_batch} = micro {own.micro_batch} x accumulation {accumulation} x ranks {num_ranks}")
+    tell(
+        f"batch: {own.global_batch} = micro {own.micro_batch} x accumulate {accumulation} x ranks {num_ranks}"
+    )
     probe = list(range(0, len(dataset), max(1, len(dataset) // 256)))
     tell(f"data: {len(dataset):,} samples; {check_lengths(dataset, probe, own.max_length)}")
     batch = collate([dataset[0]], processor)
@@ -170,13 +187,16 @@ def _frame_effect(model: OneViewLlava, batch: dict[str, torch.Tensor]) -> float:
     model.eval()
     with torch.no_grad():
         black, white = (
-            model(batch["input_ids"], torch.full_like(batch["pixel_values"], value)).logits for value in (-1.0, 1.0)
+            model(batch["input_ids"], torch.full_like(batch["pixel_values"], value)).logits
+            for value in (-1.0, 1.0)
         )
     model.train()
     return float((black - white).abs().max())
 
 
-def _save(run: Path, llava: Path, model: OneViewLlava, processor: OneViewProcessor, report: dict[str, Any]) -> None:
+def _save(
+    run: Path, llava: Path, model: OneViewLlava, processor: OneViewProcessor, report: dict[str, Any]
+) -> None:
     """Put the model into the run's folder, config.json last: with it the folder is a checkpoint."""
     scratch = run / ".saving"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -206,7 +226,7 @@ def main() -> None:
     try:
         train(load_config(args.config), args.llava, args.into)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", "0")) == 0:
             write_json(args.into / ".error.json", {"error": str(error)})
         raise SystemExit(2) from error
 

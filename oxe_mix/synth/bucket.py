@@ -1,4 +1,6 @@
-"""`oxe-mix synth`: an Open-X bucket of our own, written with TFDS's own features, the same bytes for the same seed."""
+"""`oxe-mix synth`: an Open-X bucket of our own, written with TFDS's own features, the same bytes for the same
+seed.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,7 @@ def run_synth(out: Path, episodes: int, seed: int, workers: int | None) -> int:
     write_json(out / _DONE, {"settings": settings, "steps": steps, "bytes": num_bytes})
     made = sum(len(shard.episodes) for shard in shards)
     say(
-        f"asked {count(episodes, 'training episode')}, made {made:,} in all splits of {len(ROBOTS)} datasets: "
+        f"asked {count(episodes, 'training episode')}, made {made:,} in all of {len(ROBOTS)} datasets: "
         f"{count(steps, 'step')}, {size(num_bytes)}\n"
         f"result: {out}\nnext: oxe-mix download --mix demo.yaml --source {out}"
     )
@@ -72,13 +75,15 @@ def _shards(index: int, episodes: int, seed: int, out: Path) -> list[_Shard]:
     num_train = max(SHARDS_PER_SPLIT, round(robot.share * episodes))
     ranges = {"train": range(num_train)}
     if robot.other_split:
-        ranges[robot.other_split] = range(num_train, num_train + max(2, round(_OTHER_SPLIT_SHARE * num_train)))
+        ranges[robot.other_split] = range(
+            num_train, num_train + max(2, round(_OTHER_SPLIT_SHARE * num_train))
+        )
     shards = []
     for split, numbers in ranges.items():
         num_shards = SHARDS_PER_SPLIT if split == "train" else 2
         # Shards of unequal length, as in the bucket.
         cuts = [numbers.start + round(len(numbers) * (i / num_shards) ** 1.1) for i in range(num_shards + 1)]
-        parts = [range(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        parts = [range(a, b) for a, b in pairwise(cuts)]
         shards += [_Shard(index, split, i, num_shards, part, seed, out) for i, part in enumerate(parts)]
     return shards
 
@@ -99,7 +104,9 @@ def _write_shard(shard: _Shard) -> tuple[int, int]:
 
 
 def _example(robot: Robot, rng: np.random.Generator, episode: int) -> dict[str, Any]:
-    """One episode as TFDS takes it: what the robot writes, laid over zeros for everything else in the tree."""
+    """One episode as TFDS takes it: what the robot writes, laid over zeros for everything else in the
+    tree.
+    """
     tree = _tree(robot.name)["features"]
     scene = sample_scene(rng)
     steps = robot.write(robot, motions(walk(scene)), scene.instruction)
@@ -110,8 +117,14 @@ def _example(robot: Robot, rng: np.random.Generator, episode: int) -> dict[str, 
         pose = step.pop("frame")
         for name, shows in robot.cameras.items():
             height, width, _ = cameras[name]["shape"]
-            view = _encode(draw(scene, pose, width, height, robot.table), cameras[name]) if shows == "table" else None
-            step.setdefault("observation", {})[name] = view or _black(width, height, cameras[name]["encoding"])
+            view = (
+                _encode(draw(scene, pose, width, height, robot.table), cameras[name])
+                if shows == "table"
+                else None
+            )
+            step.setdefault("observation", {})[name] = view or _black(
+                width, height, cameras[name]["encoding"]
+            )
         step |= {"is_first": t == 0, "is_last": t == len(steps) - 1, "is_terminal": t == len(steps) - 1}
         step |= {"reward": np.float32(t == len(steps) - 1)}
         out.append(_overlay(blank, step))
@@ -131,7 +144,9 @@ def _episode_fields(robot: Robot, tree: dict[str, Any], episode: int) -> Step:
 
 
 def _blank(node: dict[str, Any]) -> Any:
-    """Zeros, empty texts and False for everything below a node of a feature tree; frames are left to the caller."""
+    """Zeros, empty texts and False for everything below a node of a feature tree; frames are left to the
+    caller.
+    """
     match node["kind"]:
         case "dict":
             return {name: _blank(child) for name, child in node["features"].items()}
@@ -186,7 +201,9 @@ def _tfds_feature(node: dict[str, Any]) -> Any:
 
     match node["kind"]:
         case "dict":
-            return tfds.features.FeaturesDict({name: _tfds_feature(child) for name, child in node["features"].items()})
+            return tfds.features.FeaturesDict(
+                {name: _tfds_feature(child) for name, child in node["features"].items()}
+            )
         case "dataset":
             return tfds.features.Dataset(_tfds_feature(node["feature"]))
         case "image":
@@ -212,7 +229,9 @@ def _write_metadata(robot: Robot, written: dict[_Shard, tuple[int, int]], out: P
     splits = []
     for name in dict.fromkeys(shard.split for shard in written):
         own = {shard: done for shard, done in written.items() if shard.split == name}
-        splits.append(Split(name, tuple(len(shard.episodes) for shard in own), sum(done[0] for done in own.values())))
+        splits.append(
+            Split(name, tuple(len(shard.episodes) for shard in own), sum(done[0] for done in own.values()))
+        )
     folder = _folder(robot, out)
     _features(robot.name).save_config(str(folder))
     assert (folder / FEATURES_FILE).exists()
@@ -227,7 +246,7 @@ def _info(robot: Robot) -> DatasetInfo:
     name = card.names[-1]
     raw = {
         "citation": "",
-        "description": "A synthetic tabletop world in the true layout of this dataset, made by oxe-mix synth.",
+        "description": "A synthetic world in the true layout of this dataset, made by oxe-mix synth.",
         "fileFormat": "tfrecord",
         "moduleName": "oxe_mix.synth",
         "name": name,

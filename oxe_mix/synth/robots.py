@@ -1,13 +1,16 @@
-"""How each synthetic robot would have recorded the same walk: its camera, its units and its own way to write an action.
+"""How each synthetic robot would have recorded the same walk: its camera, its units and its own way to write
+an action.
 
-The six take the six true layouts of their namesakes, so everything that makes those layouts awkward is here too: an idle
-first and a zero last step, relative grippers, absolute poses, text as code points, tensors packed with zlib.
+The six take the six true layouts of their namesakes, so everything that makes those layouts awkward is here
+too: an idle first and a zero last step, relative grippers, absolute poses, text as code points, tensors
+packed with zlib.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,7 +31,9 @@ class Motion:
 
 @dataclass(frozen=True, slots=True)
 class Robot:
-    """A synthetic dataset: share of the bucket's episodes, size of a cell, table colour, and how steps are written."""
+    """A synthetic dataset: share of the bucket's episodes, size of a cell, table colour, and how steps are
+    written.
+    """
 
     name: str
     share: float
@@ -53,8 +58,7 @@ class Robot:
 
 def motions(poses: list[Pose]) -> list[Motion]:
     """The steps between the poses of a walk."""
-    pairs = zip(poses[:-1], poses[1:], strict=True)
-    return [Motion(pose, after, closing=after.closed and not pose.closed) for pose, after in pairs]
+    return [Motion(pose, after, closing=after.closed and not pose.closed) for pose, after in pairwise(poses)]
 
 
 def _bridge(robot: Robot, walk: list[Motion], text: str) -> list[Step]:
@@ -123,7 +127,9 @@ def _iamlab(robot: Robot, walk: list[Motion], text: str) -> list[Step]:
         {
             "frame": m.pose,
             # The pose after the step: position, quaternion w x y z (no rotation), gripper 1 open.
-            "action": np.array([*robot.position(m.after), 1, 0, 0, 0, 0.0 if m.after.closed else 1.0], np.float32),
+            "action": np.array(
+                [*robot.position(m.after), 1, 0, 0, 0, 0.0 if m.after.closed else 1.0], np.float32
+            ),
             "language_instruction": text,
         }
         for m in walk

@@ -1,9 +1,9 @@
 """A small tabletop world: what the synthetic datasets show and how their robot moves.
 
-Blocks of different colours stand on the cells of a square grid that fills the frame. The instruction names one of
-them; the gripper walks to it, at most one cell along each axis per step, and closes. The action therefore depends on
-where the gripper is, where the named block is and whether the gripper has arrived: nobody can guess it without looking
-at the picture and reading the instruction.
+Blocks of different colours stand on the cells of a square grid that fills the frame. The instruction names
+one of them; the gripper walks to it, at most one cell along each axis per step, and closes. The action
+therefore depends on where the gripper is, where the named block is and whether the gripper has arrived:
+nobody can guess it without looking at the picture and reading the instruction.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-# 4 x 4 cells on a 64 x 64 view are 16 x 16 pixels, one patch of the demo's vision tower each. With positions that do
-# not line up with the patches, a model of this size learnt nothing in 6 minutes.
+# 4 x 4 cells on a 64 x 64 view are 16 x 16 pixels, one patch of the demo's vision tower each. With positions
+# that do not line up with the patches, a model of this size learnt nothing in 6 minutes.
 GRID = 4
 COLORS = {"red": (222, 45, 38), "green": (35, 160, 70), "blue": (40, 90, 215), "yellow": (240, 200, 30)}
 BLOCKS_PER_SCENE = 3
@@ -74,9 +74,12 @@ def draw(scene: Scene, pose: Pose, width: int, height: int, table: tuple[int, in
     cell_w, cell_h = width / GRID, height / GRID
     for color, (column, row) in scene.blocks.items():
         x, y = column * cell_w, row * cell_h
-        canvas.rectangle([x + 0.22 * cell_w, y + 0.22 * cell_h, x + 0.78 * cell_w, y + 0.78 * cell_h], fill=COLORS[color])
+        canvas.rectangle(
+            [x + 0.22 * cell_w, y + 0.22 * cell_h, x + 0.78 * cell_w, y + 0.78 * cell_h], fill=COLORS[color]
+        )
     x, y = pose.cell[0] * cell_w, pose.cell[1] * cell_h
-    # Open jaws stand at the edges of the cell, closed ones touch the block, so the block under them stays in sight.
+    # Open jaws stand at the edges of the cell, closed ones touch the block, so the block under them stays in
+    # sight.
     inset = 0.18 if pose.closed else 0.0
     jaw = 0.12 * cell_w
     for left in (x + inset * cell_w, x + (1 - inset) * cell_w - jaw):
