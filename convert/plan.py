@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convert.shards import ShardJob, episode_hash
+from oxe_mix.card_check import check_fits
 from oxe_mix.cards import Card, Cards
 from oxe_mix.errors import UserError
 from oxe_mix.lock import LOCK_FILE, Lock, read_lock
@@ -81,7 +82,8 @@ def _read(name: str, folder: Path, specs: list[DatasetSpec], cards: Cards) -> Da
     features = folder / FEATURES_FILE
     if not features.exists():
         raise UserError(f"{features}: no such file; this copy of {name} is not complete")
-    cards.check_against(card, parse_features(features.read_text(), str(features)), str(features))
+    tree = parse_features(features.read_text(), str(features))
+    check_fits(card, cards.file_of(card), tree, str(features))
     own = [spec for spec in specs if spec.name == name]
     for spec in own:
         if spec.split not in info.splits:

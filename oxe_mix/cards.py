@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from oxe_mix.errors import UserError, did_you_mean
-from oxe_mix.rlds import Feature, FeatureTree, Key
+from oxe_mix.rlds import Key
+from oxe_mix.yaml_files import Loc, line_of, load_yaml
 
 SHIPPED = Path(__file__).parent / "cards"
 
-# The closed vocabulary. `convert/ops.py` implements each in NumPy; `../shared`-free definitions are in
-# docs/cards.md.
+# The closed vocabulary; `convert/ops.py` says what each op does, in NumPy.
 OpName = Literal[
     "cast_float",
     "clip01",
@@ -178,17 +177,9 @@ class Cards:
         """The card of a dataset, or None."""
         return self._any_name.get(name)
 
-    def check_against(self, card: Card, tree: FeatureTree, where: str) -> None:
-        """Prove that a card fits a dataset's own features.json; `where` names that file in the message.
-
-        Raises: UserError with the card's file and line for a key that is not there or a width that does not
-        come out.
-        """
-        problem = _first_misfit(card, tree)
-        if problem:
-            loc, text = problem
-            file = self._files[card.name]
-            raise UserError(f"{file}:{_line_of(file, loc)}: {text} ({where})")
+    def file_of(self, card: Card) -> Path:
+        """The file that a card was read from."""
+        return self._files[card.name]
 
 
 def load_cards(extra: Path | None = None) -> Cards:
@@ -219,84 +210,15 @@ def load_card(file: Path) -> Card:
         card = Card.model_validate(raw)
     except ValidationError as error:
         loc, text = _readable(error)
-        raise UserError(f"{file}:{_line_of(file, loc)}: {'.'.join(map(str, loc))}: {text}") from error
+        raise UserError(f"{file}:{line_of(file, loc)}: {'.'.join(map(str, loc))}: {text}") from error
     if card.name != file.stem:
         raise UserError(
-            f"{file}:{_line_of(file, ('name',))}: the file is {file.stem}.yaml but name is {card.name}"
+            f"{file}:{line_of(file, ('name',))}: the file is {file.stem}.yaml but name is {card.name}"
         )
     return card
 
 
-def load_yaml(file: Path) -> Any:
-    """Read a YAML file; the user's mistakes become one line with the place."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{file}{line}: not valid YAML ({getattr(error, 'problem', error)})") from error
-
-
-def op_width(width: int, op: OpName | Slice) -> int:
-    """Columns that an op makes of `width` columns.
-
-    Raises: ValueError when the op does not take that many.
-    """
-    if isinstance(op, Slice):
-        out = len(range(width)[slice(*op.slice)])
-        if out == 0:
-            raise ValueError(f"slice {list(op.slice)} of {width} columns is empty")
-        return out
-    if op == "quat_to_euler":
-        if width != 4:
-            raise ValueError(f"quat_to_euler takes 4 columns, there are {width}")
-        return 3
-    if op in ("binarize", "rel2abs") and width != 1:
-        raise ValueError(f"{op} takes one gripper column, there are {width}")
-    return width
-
-
-def _first_misfit(card: Card, tree: FeatureTree) -> tuple[tuple[str | int, ...], str] | None:
-    """Where and why a card does not fit a feature tree; None when it fits."""
-    for group in ("cameras", "depth"):
-        for role, name in getattr(card, group).model_dump().items():
-            key = ("observation", name)
-            if name is not None and (key not in tree.step or tree.step[key].kind not in ("image", "tensor")):
-                return (group, role), f"no image feature {'/'.join(key)}"
-    if card.language.key not in tree.step:
-        return ("language", "key"), f"no feature {'/'.join(card.language.key)}"
-    total = 0
-    for at, terms in ((("action", "recipe"), card.action.recipe), (("state", "parts"), card.state.parts)):
-        for i, term in enumerate(terms):
-            try:
-                width = term.dims if isinstance(term, FillTerm) else _key_width(term, tree.step)
-            except ValueError as error:
-                return (*at, i), str(error)
-            total += width if at[0] == "action" else 0
-    if total != card.action.dims:
-        return ("action", "dims"), f"the recipe comes to {total} columns, dims says {card.action.dims}"
-    return None
-
-
-def _key_width(term: KeyTerm, leaves: dict[Key, Feature]) -> int:
-    name = "/".join(term.key)
-    if term.key not in leaves:
-        raise ValueError(f"no feature {name}")
-    width = leaves[term.key].width
-    if width is None:
-        raise ValueError(f"{name} is no vector of numbers")
-    for op in term.ops:
-        width = op_width(width, op)
-    return width
-
-
-def _readable(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+def _readable(error: ValidationError) -> tuple[Loc, str]:
     """The first problem of a validation error: its place in the file, and what is wrong in our words."""
     problems = sorted(error.errors(), key=lambda problem: -len(problem["loc"]))
     first = problems[0]
@@ -316,19 +238,3 @@ def _readable(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
         case _:
             text = first["msg"].removeprefix("Value error, ")
     return loc, text
-
-
-def _line_of(file: Path, loc: tuple[str | int, ...]) -> int:
-    """The line of `loc` in a YAML file, or of the nearest thing above it that is there."""
-    node = yaml.compose(file.read_text(encoding="utf-8"))
-    line = 1
-    for part in loc:
-        if isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == part), None)
-            if found is None:
-                return line
-            line, node = found[0].start_mark.line + 1, found[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-    return line

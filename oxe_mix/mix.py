@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from oxe_mix.cards import Cards, load_yaml
+from oxe_mix.cards import Cards
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.rlds import SAFE_NAME
+from oxe_mix.yaml_files import load_yaml
 
 # The shipped mixes stand beside the packages in a checkout; a bare name is looked up there.
 MIXTURES = Path(__file__).parent.parent / "mixtures"

@@ -7,20 +7,14 @@ import time
 from pathlib import Path
 
 from oxe_mix.cards import load_cards
-from oxe_mix.download import (
-    ShardReport,
-    SplitPlan,
-    clean_up,
-    finish_download,
-    locked_files,
-    note_locked,
-    plan_download,
-    shard_tasks,
-)
 from oxe_mix.errors import UserError
+from oxe_mix.fetch import ShardReport, ShardTask, note_locked
 from oxe_mix.files import folder_lock
+from oxe_mix.finish import clean_up, finish_download, locked_files
 from oxe_mix.lock import Lock, read_lock, refuse_other_mix, write_lock
 from oxe_mix.mix import Mix, load_mix
+from oxe_mix.plan import SplitPlan, plan_download, shard_tasks
+from oxe_mix.progress import progress
 from oxe_mix.text import complain, count, say, size, table
 
 
@@ -43,7 +37,9 @@ def run_download(
     if source is not None:
         mix = mix.with_source(_absolute(source))
     if dry_run:
-        say(_plan_table(plan_download(mix, cards), out))
+        plans = plan_download(mix, cards)
+        say(_plan_table(plans))
+        _refuse_full_disk(plans, shard_tasks(plans, out), out)
         return 0
     with folder_lock(out, "download"):
         lock = read_lock(out)
@@ -53,7 +49,7 @@ def run_download(
                 say(f"{out}: mix {mix.name!r} is already here, whole; nothing to do\nnext: {_next(out)}")
                 return 0
         plans = plan_download(mix, cards)
-        say(_plan_table(plans, out))
+        say(_plan_table(plans))
         return _fetch_and_finish(mix, plans, out, lock, workers)
 
 
@@ -64,11 +60,13 @@ def _fetch_and_finish(
 
     start = time.monotonic()
     tasks = shard_tasks(plans, out)
+    _refuse_full_disk(plans, tasks, out)
     if lock is None:
         write_lock(out, Lock(complete=False, mix=mix))
     else:
         note_locked(tasks, lock)
-    reports, failures = fetch_all(tasks, workers)
+    with progress("download", "shards", len(tasks), lambda: sum(task.note.exists() for task in tasks)):
+        reports, failures = fetch_all(tasks, workers)
     if failures:
         complain("\n".join(failures))
         say(f"{len(reports)} of {count(len(tasks), 'shard')} fetched; the next run fetches only the missing")
@@ -78,7 +76,7 @@ def _fetch_and_finish(
     done = finish_download(mix, plans, tasks, reports, out)
     write_lock(out, done)
     clean_up(out)
-    say(_summary(plans, [r.num_bytes for r in reports if r.fetched], reports, time.monotonic() - start))
+    say(_summary(plans, reports, time.monotonic() - start))
     say(f"result: {out}\nnext: {_next(out)}")
     return 0
 
@@ -89,7 +87,7 @@ def _all_there(lock: Lock, data: Path) -> bool:
     )
 
 
-def _plan_table(plans: list[SplitPlan], out: Path) -> str:
+def _plan_table(plans: list[SplitPlan]) -> str:
     rows = [
         (
             plan.spec.name,
@@ -100,29 +98,27 @@ def _plan_table(plans: list[SplitPlan], out: Path) -> str:
         )
         for plan in plans
     ]
-    total = sum(plan.estimated_bytes for plan in plans)
-    rows.append(
-        (
-            "total",
-            "",
-            f"{sum(p.episodes for p in plans):,}",
-            str(sum(len(p.picks) for p in plans)),
-            size(total),
-        )
-    )
+    episodes, shards = sum(p.episodes for p in plans), sum(len(p.picks) for p in plans)
+    total = size(sum(plan.estimated_bytes for plan in plans))
+    rows.append(("total", "", f"{episodes:,}", f"{shards:,}", total))
+    return table(("dataset", "split", "episodes", "shards", "about"), rows)
+
+
+def _refuse_full_disk(plans: list[SplitPlan], tasks: list[ShardTask], out: Path) -> None:
+    here = sum(file.stat().st_size for task in tasks if (file := task.on_disk()))
+    needed = sum(plan.estimated_bytes for plan in plans) - here
     free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
-    if total > free:
-        raise UserError(
-            f"{out}: the mix needs about {size(total)}, the disk has {size(free)} free; lower the fractions"
-        )
-    return f"{table(('dataset', 'split', 'episodes', 'shards', 'about'), rows)}\ndisk free: {size(free)}"
+    say(f"still to fetch about {size(max(0, needed))}, disk free {size(free)}")
+    if needed > free:
+        raise UserError(f"{out}: the disk would not hold this; lower the fractions or choose another --out")
 
 
-def _summary(plans: list[SplitPlan], fetched: list[int], reports: list[ShardReport], seconds: float) -> str:
-    asked = sum(plan.episodes for plan in plans)
+def _summary(plans: list[SplitPlan], reports: list[ShardReport], seconds: float) -> str:
+    asked, done = sum(plan.episodes for plan in plans), sum(report.episodes for report in reports)
+    fetched = [report.num_bytes for report in reports if report.fetched]
     return (
-        f"asked {count(asked, 'episode')} in {count(len(reports), 'shard')}, done {asked:,}, dropped 0; "
-        f"{size(sum(fetched))} fetched in {count(len(fetched), 'shard')}, {seconds:.1f} s"
+        f"asked {count(asked, 'episode')} in {count(len(reports), 'shard')}, done {done:,}, dropped {asked - done}; "
+        f"fetched {count(len(fetched), 'shard')}, {size(sum(fetched))}, {seconds:.1f} s"
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import apache_beam as beam
 
-from oxe_mix.download import ShardReport, ShardTask, fetch_shard
 from oxe_mix.errors import UserError
+from oxe_mix.fetch import ShardReport, ShardTask, fetch_shard
 from pipelines.runner import default_workers, run_and_collect
 
 

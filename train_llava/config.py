@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from oxe_mix.cards import load_yaml
 from oxe_mix.errors import UserError, did_you_mean
+from oxe_mix.yaml_files import load_yaml
 
 Positive = Annotated[int, Field(gt=0)]
 
