@@ -220,8 +220,8 @@ def load_card(file: Path) -> Card:
 
 def _readable(error: ValidationError) -> tuple[Loc, str]:
     """The first problem of a validation error: its place in the file, and what is wrong in our words."""
-    problems = sorted(error.errors(), key=lambda problem: -len(problem["loc"]))
-    first = problems[0]
+    # The deepest place says most; a misspelt key shows as unknown and as missing, and the first has the line.
+    first = min(error.errors(), key=lambda problem: (problem["type"] == "missing", -len(problem["loc"])))
     # The names of union branches ("KeyTerm", "Slice") are no part of the file.
     loc = tuple(
         part
