@@ -96,11 +96,19 @@ def _write_shard(shard: _Shard) -> tuple[int, int]:
     with atomic_write(file) as stream:
         for episode in shard.episodes:
             example = _example(robot, np.random.default_rng([shard.seed, shard.robot, episode]), episode)
-            payload = _features(robot.name).serialize_example(example)
+            payload = _same_bytes(_features(robot.name).serialize_example(example))
             stream.write(frame(payload))
             num_bytes += len(payload)
             num_steps += len(example["steps"])
     return num_bytes, num_steps
+
+
+def _same_bytes(payload: bytes) -> bytes:
+    """The same Example with its features in a fixed order: protobuf leaves the order of a map open."""
+    from tensorflow_datasets.core.example_parser import tf_example_pb2
+
+    fixed: bytes = tf_example_pb2.Example.FromString(payload).SerializeToString(deterministic=True)
+    return fixed
 
 
 def _example(robot: Robot, rng: np.random.Generator, episode: int) -> dict[str, Any]:
