@@ -1,15 +1,16 @@
-# Every target sets up .venv by itself. Options: CONFIG, NPROC, LLAVA and RUN for train; SEEDS for bench.
+# Every target sets up .venv by itself. Options: CONFIG, NPROC, LLAVA and RUN for train; SEEDS for bench, CONSTRAINTS for setup.
 BIN := .venv/bin
 CONFIG ?= train_llava/configs/tiny-cpu.yaml
 NPROC ?= 2
 LLAVA ?= llava
 RUN ?=
 SEEDS ?= 0 1 2
+CONSTRAINTS ?= envs/cpu.txt
 
 .PHONY: setup demo test train bench lint golden clean
 
 setup:
-	@./envs/setup.sh
+	@./envs/setup.sh $(CONSTRAINTS)
 
 demo: setup
 	@$(BIN)/python -m oxe_mix.demo

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from oxe_mix.cards import OpName, Slice
 
-Columns = NDArray[np.float32]
+Columns = NDArray[np.floating]
 
 
 def apply_op(x: Columns, op: OpName | Slice) -> Columns:

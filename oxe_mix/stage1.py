@@ -117,7 +117,8 @@ def _summary(plans: list[SplitPlan], reports: list[ShardReport], seconds: float)
     asked, done = sum(plan.episodes for plan in plans), sum(report.episodes for report in reports)
     fetched = [report.num_bytes for report in reports if report.fetched]
     return (
-        f"asked {count(asked, 'episode')} in {count(len(reports), 'shard')}, done {done:,}, dropped {asked - done}; "
+        f"asked {count(asked, 'episode')} in {count(len(reports), 'shard')}, done {done:,}, "
+        f"dropped {asked - done}; "
         f"fetched {count(len(fetched), 'shard')}, {size(sum(fetched))}, {seconds:.1f} s"
     )
 

@@ -25,7 +25,9 @@ DATASETS = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rewrite-golden", action="store_true", help="rewrite tests/golden/ from what comes out")
+    parser.addoption(
+        "--rewrite-golden", action="store_true", help="rewrite tests/golden/ from what comes out"
+    )
 
 
 def run(*command: str | Path, code: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

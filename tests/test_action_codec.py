@@ -112,7 +112,7 @@ def test_answers_round_trip(bins: NDArray[np.int64]) -> None:
     ],
 )
 def test_anything_but_whole_actions_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="action tokens|the tokens"):
+    with pytest.raises(ValueError, match=r"action tokens|the tokens"):
         codec.text_to_bins(text, 7)
 
 

@@ -75,7 +75,7 @@ def test_a_card_of_wrong_form_is_refused_with_file_and_line(
     with pytest.raises(UserError) as error:
         load_card(file)
     assert message in str(error.value)
-    line = int(str(error.value).removeprefix(f"{file}:").split(":")[0])
+    line = int(str(error.value).removeprefix(f"{file}:").split(":", 1)[0])
     assert 1 <= line <= len(file.read_text().splitlines())
 
 
@@ -101,8 +101,8 @@ def test_a_card_that_does_not_fit_the_data_is_refused_at_its_line(
     file = _broken(tmp_path, old, new)
     with pytest.raises(UserError, match=message) as error:
         check_fits(load_card(file), file, _tree("viola", tmp_path), "features.json")
-    line = int(str(error.value).removeprefix(f"{file}:").split(":")[0])
-    expected = _line(file, "dims: 7") if "comes to" in message else _line(file, new.split("]")[0])
+    line = int(str(error.value).removeprefix(f"{file}:").split(":", 1)[0])
+    expected = _line(file, "dims: 7") if "comes to" in message else _line(file, new.split("]", 1)[0])
     assert line == expected
 
 

@@ -55,11 +55,17 @@ def test_actions_texts_and_kept_steps_equal_a_second_implementation_on_what_tfds
 
     version = next((data / name).iterdir())
     builder = tfds.builder_from_directory(str(version))
-    episodes = list(tfds.as_numpy(builder.as_dataset(split="train", read_config=tfds.ReadConfig(interleave_cycle_length=1))))
+    episodes = list(
+        tfds.as_numpy(
+            builder.as_dataset(split="train", read_config=tfds.ReadConfig(interleave_cycle_length=1))
+        )
+    )
     stats = read_codec(llava).datasets[name]
     samples = _samples(llava, name)
     expected_ids, everything = set(), []
-    places = [(shard, i) for shard, n in enumerate(builder.info.splits["train"].shard_lengths) for i in range(n)]
+    places = [
+        (shard, i) for shard, n in enumerate(builder.info.splits["train"].shard_lengths) for i in range(n)
+    ]
     for (shard, number), episode in zip(places, episodes, strict=True):
         actions, kept, texts = recorded_actions(name, list(episode["steps"]))
         everything += actions
@@ -133,7 +139,17 @@ def test_whole_episodes_are_held_out(llava: Path) -> None:
 def test_the_result_is_the_same_bytes_with_one_worker_or_two_and_when_run_again(
     data: Path, llava: Path, tmp_path: Path
 ) -> None:
-    command = (OXE_MIX, "convert", "--data", data, "--out", tmp_path / "again", "--val-fraction", "0.1", "--workers")
+    command = (
+        OXE_MIX,
+        "convert",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "again",
+        "--val-fraction",
+        "0.1",
+        "--workers",
+    )
     run(*command, "1")
     assert _content(tmp_path / "again") == _content(llava)
     run(*command, "2")
@@ -141,10 +157,14 @@ def test_the_result_is_the_same_bytes_with_one_worker_or_two_and_when_run_again(
 
 
 def test_data_yaml_is_what_stock_llava_next_loads(llava: Path) -> None:
-    """Its loader takes each json_path as it stands, `all` samples, and joins image paths to its image folder."""
+    """Its loader takes each json_path as it stands, `all` samples, and joins image paths to its image
+    folder.
+    """
     entries = yaml.safe_load((llava / "data.yaml").read_text())["datasets"]
     assert {entry["sampling_strategy"] for entry in entries} == {"all"}
-    lines = [json.loads(line) for entry in entries for line in Path(entry["json_path"]).read_text().splitlines()]
+    lines = [
+        json.loads(line) for entry in entries for line in Path(entry["json_path"]).read_text().splitlines()
+    ]
     assert len(lines) == read_manifest(llava).num_samples
     for line in lines:
         human, answer = line["conversations"]
@@ -184,9 +204,16 @@ def test_the_formats_are_the_golden_ones(llava: Path, request: pytest.FixtureReq
     text = json.dumps(
         {
             "conversation": _in_order(llava)[0],
-            "action_codec.json viola": json.loads((llava / "action_codec.json").read_text())["datasets"]["viola"],
-            "dataset_statistics.json viola": json.loads((llava / "dataset_statistics.json").read_text())["viola"],
-            "manifest.json": {**manifest, "datasets": [{**first, "files": first["files"][:1], "validation_files": []}]},
+            "action_codec.json viola": json.loads((llava / "action_codec.json").read_text())["datasets"][
+                "viola"
+            ],
+            "dataset_statistics.json viola": json.loads((llava / "dataset_statistics.json").read_text())[
+                "viola"
+            ],
+            "manifest.json": {
+                **manifest,
+                "datasets": [{**first, "files": first["files"][:1], "validation_files": []}],
+            },
         },
         indent=1,
     )
@@ -225,7 +252,9 @@ def _dataset(folder: Path, bucket: Path, payloads: list[bytes]) -> Path:
     target.mkdir(parents=True)
     shutil.copy(bucket / "viola/0.1.0/features.json", target)
     info = json.loads((bucket / "viola/0.1.0/dataset_info.json").read_text())
-    info["splits"] = [{"name": "train", "shardLengths": [str(len(payloads))], "numBytes": str(sum(map(len, payloads)))}]
+    info["splits"] = [
+        {"name": "train", "shardLengths": [str(len(payloads))], "numBytes": str(sum(map(len, payloads)))}
+    ]
     (target / "dataset_info.json").write_text(json.dumps(info))
     (target / "viola-train.tfrecord-00000-of-00001").write_bytes(b"".join(map(frame, payloads)))
     return folder
@@ -237,7 +266,11 @@ def _convert(data: Path, out: Path, *more: str, code: int = 0) -> str:
 
 
 def test_an_episode_without_any_instruction_is_dropped_and_counted(bucket: Path, tmp_path: Path) -> None:
-    payloads = [_viola_episode(["", "Push it.", ""]), _viola_episode(["", " "]), _viola_episode(["Go", "Come", "Go"])]
+    payloads = [
+        _viola_episode(["", "Push it.", ""]),
+        _viola_episode(["", " "]),
+        _viola_episode(["Go", "Come", "Go"]),
+    ]
     out = tmp_path / "llava"
     said = _convert(_dataset(tmp_path / "data", bucket, payloads), out)
     assert "no_instruction 2" in said
@@ -265,7 +298,9 @@ def test_an_action_that_is_not_finite_ends_the_run_with_its_place(bucket: Path, 
 def test_a_broken_frame_ends_the_run_with_its_place(
     bucket: Path, tmp_path: Path, image: bytes, message: str
 ) -> None:
-    data = _dataset(tmp_path / "data", bucket, [_viola_episode(["Go"] * 2), _viola_episode(["Go"], image=image)])
+    data = _dataset(
+        tmp_path / "data", bucket, [_viola_episode(["Go"] * 2), _viola_episode(["Go"], image=image)]
+    )
     said = _convert(data, tmp_path / "llava", code=1)
     assert "00000-of-00001: record 1: " in said
     assert message in said
@@ -278,7 +313,9 @@ def test_a_shard_that_was_cut_off_is_named(bucket: Path, tmp_path: Path) -> None
     assert f"{shard}: record 0 at byte 0: " in _convert(data, tmp_path / "llava", code=1)
 
 
-def test_converting_into_the_same_folder_leaves_nothing_of_the_earlier_result(bucket: Path, tmp_path: Path) -> None:
+def test_converting_into_the_same_folder_leaves_nothing_of_the_earlier_result(
+    bucket: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "llava"
     _convert(_dataset(tmp_path / "large", bucket, [_viola_episode(["Go"] * 4)] * 3), out)
     small = _dataset(tmp_path / "small", bucket, [_viola_episode(["Stay"] * 2)])
@@ -341,6 +378,8 @@ def test_held_out_episodes_stay_the_same_when_a_mix_grows(bucket: Path, tmp_path
 
 def test_no_module_imports_tensorflow() -> None:
     packages = ("oxe_mix", "convert", "pipelines", "train_llava")
-    files = [file for name in packages for file in (ROOT / name).rglob("*.py")] + [ROOT / "inference_action.py"]
+    files = [file for name in packages for file in (ROOT / name).rglob("*.py")] + [
+        ROOT / "inference_action.py"
+    ]
     found = Counter(str(file) for file in files if "import tensorflow\n" in file.read_text() + "\n")
     assert not found

@@ -37,12 +37,27 @@ def _mix(tmp_path: Path, viola: float = 0.5, bridge: float = 0.4, seed: int = 0)
 
 
 def _download(mix: Path, bucket: Path, out: Path, *more: str, code: int = 0) -> str:
-    done = run(OXE_MIX, "download", "--mix", mix, "--source", bucket, "--out", out, "--workers", "1", *more, code=code)
+    done = run(
+        OXE_MIX,
+        "download",
+        "--mix",
+        mix,
+        "--source",
+        bucket,
+        "--out",
+        out,
+        "--workers",
+        "1",
+        *more,
+        code=code,
+    )
     return done.stdout + done.stderr
 
 
 def _content(folder: Path) -> dict[str, str]:
-    """Every file below a folder with a hash of its bytes; where the lock says who locked it does not count."""
+    """Every file below a folder with a hash of its bytes; where the lock says who locked it does not
+    count.
+    """
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".oxe-mix.busy"]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
@@ -64,7 +79,8 @@ def test_every_record_on_disk_is_the_sources_and_the_lock_says_which(bucket: Pat
             assert on_disk.shard_lengths == tuple(shard.episodes for shard in split.shards)
             files = [data / dataset.folder / shard.file for shard in split.shards]
             assert on_disk.num_bytes == sum(
-                file.stat().st_size - FRAME_BYTES * n for file, n in zip(files, on_disk.shard_lengths, strict=True)
+                file.stat().st_size - FRAME_BYTES * n
+                for file, n in zip(files, on_disk.shard_lengths, strict=True)
             )
             for file, shard in zip(files, split.shards, strict=True):
                 source = _payloads(Path(dataset.source) / shard.source_file)
@@ -111,7 +127,9 @@ def _split_by(values: list[Any], lengths: list[int]) -> list[list[Any]]:
 def test_a_second_run_does_nothing(bucket: Path, tmp_path: Path) -> None:
     mix, out = _mix(tmp_path), tmp_path / "data"
     _download(mix, bucket, out)
-    before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file() and "busy" not in file.name}
+    before = {
+        file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file() and "busy" not in file.name
+    }
     said = _download(mix, bucket, out)
     assert "nothing to do" in said
     assert before == {f: f.stat().st_mtime_ns for f in out.rglob("*") if f.is_file() and "busy" not in f.name}
@@ -126,7 +144,18 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(bucket: Path, tmp_path: Pa
 def test_a_file_url_is_as_good_as_a_folder(bucket: Path, tmp_path: Path) -> None:
     mix = _mix(tmp_path)
     _download(mix, bucket, tmp_path / "one")
-    run(OXE_MIX, "download", "--mix", mix, "--source", f"file://{bucket}", "--out", tmp_path / "two", "--workers", "1")
+    run(
+        OXE_MIX,
+        "download",
+        "--mix",
+        mix,
+        "--source",
+        f"file://{bucket}",
+        "--out",
+        tmp_path / "two",
+        "--workers",
+        "1",
+    )
     one, two = _content(tmp_path / "one"), _content(tmp_path / "two")
     assert one.pop("oxe-mix.lock.json") != two.pop("oxe-mix.lock.json")  # it names the source
     assert one == two
@@ -194,13 +223,26 @@ def test_a_shard_with_records_missing_is_refused(bucket: Path, tmp_path: Path) -
     assert "records, dataset_info.json says" in _download(mix, source, tmp_path / "data", code=1)
 
 
-def test_killed_at_seeded_moments_and_started_again_the_result_is_the_same(bucket: Path, tmp_path: Path) -> None:
+def test_killed_at_seeded_moments_and_started_again_the_result_is_the_same(
+    bucket: Path, tmp_path: Path
+) -> None:
     mix, undisturbed, out = _mix(tmp_path, viola=1.0, bridge=1.0), tmp_path / "undisturbed", tmp_path / "data"
     start = time.monotonic()
     _download(mix, bucket, undisturbed)
     seconds = time.monotonic() - start
     rng = random.Random(0)
-    command = [OXE_MIX, "download", "--mix", str(mix), "--source", str(bucket), "--out", str(out), "--workers", "1"]
+    command = [
+        OXE_MIX,
+        "download",
+        "--mix",
+        str(mix),
+        "--source",
+        str(bucket),
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+    ]
     for _ in range(5):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds * rng.uniform(0.5, 1.0))
@@ -221,10 +263,10 @@ def test_finishing_can_be_killed_between_any_two_renames(
     _download(large, bucket, fresh)
     expected = _content(fresh)
 
-    from oxe_mix import finish
+    from oxe_mix import files, finish
     from oxe_mix.stage1 import run_download
 
-    rename, write = finish._rename, finish.write_json
+    rename, write = finish._rename, files.write_json
     for survive in range(0, 10, 2):
         out, left = tmp_path / f"data{survive}", [survive]
         shutil.copytree(start, out)
@@ -253,7 +295,9 @@ def test_two_downloads_into_one_folder_do_not_meet(bucket: Path, tmp_path: Path)
     from oxe_mix.files import folder_lock
 
     with folder_lock(tmp_path / "data", "download"):
-        assert "another download is writing here" in _download(_mix(tmp_path), bucket, tmp_path / "data", code=2)
+        assert "another download is writing here" in _download(
+            _mix(tmp_path), bucket, tmp_path / "data", code=2
+        )
 
 
 def test_a_card_that_does_not_fit_the_source_stops_before_any_byte(bucket: Path, tmp_path: Path) -> None:

@@ -41,8 +41,16 @@ def test_a_mix_is_read_with_defaults_and_card_names(tmp_path: Path, cards: Cards
     ("old", "new", "message"),
     [
         ("fraction: 0.5", "fraction: 0", "datasets.0.fraction: 0 is not in (0, 1]"),
-        ("fraction: 0.5", "fraction: 1.5", "datasets.0.fraction: 1.5 is not in (0, 1]; write 1.5 percent as 0.015"),
-        ("fraction: 0.5", "fraction: 12", "datasets.0.fraction: 12 is not in (0, 1]; write 12 percent as 0.12"),
+        (
+            "fraction: 0.5",
+            "fraction: 1.5",
+            "datasets.0.fraction: 1.5 is not in (0, 1]; write 1.5 percent as 0.015",
+        ),
+        (
+            "fraction: 0.5",
+            "fraction: 12",
+            "datasets.0.fraction: 12 is not in (0, 1]; write 12 percent as 0.12",
+        ),
         ("fraction: 0.5", "fraction: .nan", "datasets.0.fraction: nan is not in (0, 1]"),
         ("fraction: 0.5", "fraktion: 0.5", "datasets.0.fraktion: unknown key; did you mean fraction?"),
         ("weight: 2", "weight: 0", "datasets.0.weight: "),
@@ -64,7 +72,9 @@ def test_a_mistake_is_named_with_its_place(
 
 
 def test_a_missing_mix_is_looked_up_in_mixtures_and_the_nearest_name_offered(cards: Cards) -> None:
-    with pytest.raises(UserError, match=r"defualt.yaml: no such file here or in mixtures/; did you mean default.yaml"):
+    with pytest.raises(
+        UserError, match=r"defualt.yaml: no such file here or in mixtures/; did you mean default.yaml"
+    ):
         load_mix(Path("defualt.yaml"), cards)
 
 

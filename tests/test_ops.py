@@ -144,7 +144,9 @@ def test_packed_tensors_and_bools_are_read_as_floats() -> None:
     packed, flag = ("observation", "clip_function_input/base_pose_tool_reached"), ("is_first",)
     step["observation"]["image"] = np.zeros((512, 640, 3), np.uint8).tobytes()
     step["observation"][packed[1]] = np.arange(7, dtype=np.float32)
-    payload = _features("kuka").serialize_example({"success": True, "steps": [{**step, "is_first": True}, step]})
+    payload = _features("kuka").serialize_example(
+        {"success": True, "steps": [{**step, "is_first": True}, step]}
+    )
     leaves = {
         packed: Feature("tensor", (7,), "float32", "zlib"),
         flag: Feature("tensor", (), "bool", "none"),

@@ -1,9 +1,12 @@
-"""The bucket that we make ourselves: true layouts, the same bytes for the same seed, and a task that can be learnt."""
+"""The bucket that we make ourselves: true layouts, the same bytes for the same seed, and a task that can be
+learnt.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,8 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_workers(tmp_path: Path) -> None:
     for name, seed, workers in (("one", 3, 1), ("two", 3, 2), ("other", 4, 2)):
-        run(OXE_MIX, "synth", "--out", tmp_path / name, "--episodes", "30", "--seed", seed, "--workers", workers)  # type: ignore[arg-type]
+        options = ("--episodes", "30", "--seed", str(seed), "--workers", str(workers))
+        run(OXE_MIX, "synth", "--out", tmp_path / name, *options)
     assert _hashes(tmp_path / "one") == _hashes(tmp_path / "two")
     assert _hashes(tmp_path / "one") != _hashes(tmp_path / "other")
 
@@ -56,7 +60,7 @@ def test_the_walk_ends_closed_on_the_named_block_one_cell_at_a_time() -> None:
         poses = walk(scene)
         assert poses[0] == Pose(scene.start, closed=False)
         assert poses[-1] == Pose(scene.blocks[scene.target], closed=True)
-        for one, other in zip(poses[:-1], poses[1:], strict=True):
+        for one, other in pairwise(poses):
             assert max(abs(a - b) for a, b in zip(one.cell, other.cell, strict=True)) <= 1
             assert other.closed >= one.closed
 
@@ -83,4 +87,6 @@ def test_the_instruction_alone_and_the_picture_alone_do_not_give_the_action() ->
 
 def test_the_settings_are_noted_and_a_second_run_does_nothing(bucket: Path) -> None:
     assert json.loads((bucket / "synth.json").read_text())["settings"] == {"episodes": 120, "seed": 7}
-    assert "nothing to do" in run(OXE_MIX, "synth", "--out", bucket, "--episodes", "120", "--seed", "7").stdout
+    assert (
+        "nothing to do" in run(OXE_MIX, "synth", "--out", bucket, "--episodes", "120", "--seed", "7").stdout
+    )

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.yaml_files import load_yaml
 
+# Files of a run that the launcher and the ranks both know.
+METRICS_FILE, ERROR_FILE = "metrics.jsonl", ".error.json"
+
 Positive = Annotated[int, Field(gt=0)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from convert.reader import ConversationReader
-from oxe_mix.errors import UserError
 from train_llava.processor import IGNORE, OneViewProcessor, open_image
 
 
@@ -106,7 +104,8 @@ class MixSampler(Sampler[int]):
 def _draw(samples: range, draws: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """`draws` of the samples, in passes without replacement."""
     passes = -(-draws // len(samples))
-    return np.concatenate([rng.permutation(samples) for _ in range(passes)])[:draws]
+    rounds = [rng.permutation(samples) for _ in range(passes)]
+    return np.concatenate([np.zeros(0, np.int64), *rounds])[:draws]
 
 
 def _share_out(total: int, parts: dict[str, float]) -> dict[str, int]:
@@ -119,35 +118,3 @@ def _share_out(total: int, parts: dict[str, float]) -> dict[str, int]:
     for name in by_remainder[: total - sum(whole.values())]:
         whole[name] += 1
     return whole
-
-
-def check_lengths(dataset: SampleDataset, indices: list[int], max_length: int) -> str:
-    """Prove that samples fit and are supervised; returns the length budget of the longest, in words.
-
-    Raises: UserError naming the first sample that is too long or has nothing to learn.
-    """
-    longest = 0
-    for index in indices:
-        tokens = dataset[index]
-        supervised = sum(label != IGNORE for label in tokens.labels)
-        if supervised <= 1:
-            raise UserError(f"{dataset.reader[index].id}: the answer has no token to learn from")
-        if len(tokens.ids) > max_length:
-            raise UserError(
-                f"{dataset.reader[index].id}: {len(tokens.ids)} tokens > train.max_length {max_length}"
-            )
-        longest = max(longest, len(tokens.ids))
-    return f"longest sample {longest} tokens <= {max_length}"
-
-
-def first_batch_text(batch: dict[str, Any], processor: OneViewProcessor) -> str:
-    """The first sample of a batch in words: what is asked, and in brackets what is supervised."""
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    ids = ids[batch["attention_mask"][0].bool()]
-    labels = labels[: len(ids)]
-    decode = processor.tokenizer.decode
-    image = processor.tokenizer.convert_ids_to_tokens(processor.image_token_id)
-    asked = decode(ids[labels == IGNORE], spaces_between_special_tokens=False)
-    frames = asked.count(image)
-    asked = asked.replace(image * frames, f"{image} x {frames}")
-    return f"{asked!r} -> supervised: [{decode(ids[labels != IGNORE], spaces_between_special_tokens=False)}]"

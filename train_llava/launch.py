@@ -14,7 +14,7 @@ from convert.manifest import read_manifest
 from oxe_mix.errors import UserError
 from oxe_mix.files import folder_lock, read_json
 from oxe_mix.text import complain, count, say
-from train_llava.config import load_config
+from train_llava.config import ERROR_FILE, METRICS_FILE, load_config
 
 
 def launch(config_file: Path, llava: Path, run: Path | None, num_ranks: int) -> int:
@@ -38,13 +38,13 @@ def launch(config_file: Path, llava: Path, run: Path | None, num_ranks: int) -> 
     shares = ", ".join(f"{d.name} {d.share:.1%}" for d in manifest.datasets)
     say(f"mixture, weight x samples: {shares}")
     with folder_lock(run, "training"):
-        for leftover in (run / ".error.json", run / "metrics.jsonl"):
+        for leftover in (run / ERROR_FILE, run / METRICS_FILE):
             leftover.unlink(missing_ok=True)
         code = subprocess.run(
             _command(config_file, llava, run, num_ranks), env=_environment(num_ranks), check=False
         )
-        if (run / ".error.json").exists():
-            raise UserError(read_json(run / ".error.json", "the trainer's error")["error"])
+        if (run / ERROR_FILE).exists():
+            raise UserError(read_json(run / ERROR_FILE, "the trainer's error")["error"])
     return code.returncode
 
 

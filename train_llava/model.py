@@ -175,7 +175,8 @@ def prove_action_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     side.
     """
     tokens = action_tokens()
-    ids = [_token_id(tokenizer, token) for token in tokens]
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary.get(token, -1) for token in tokens]
     alone = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
     together = tokenizer("".join(tokens), add_special_tokens=False)["input_ids"]
     if len(set(ids)) != len(tokens) or alone != [[i] for i in ids] or together != ids:
@@ -206,6 +207,9 @@ def _build_tiny(tiny: TinyModel, questions: list[str]) -> tuple[OneViewLlava, On
         size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3, image_grid_pinpoints=[[tiny.image_size] * 2]
     )
     patches = (tiny.image_size // tiny.patch_size) ** 2
+    # The libraries' 0.02 suits thousands of columns; with a hundred it starves attention, and whether a run
+    # learns to look at the named block is then up to its seed.
+    spread = tiny.hidden_size**-0.5
     processor = OneViewProcessor(image_processor, tokenizer, patches, chat_template=_CHAT_TEMPLATE)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
@@ -219,6 +223,7 @@ def _build_tiny(tiny: TinyModel, questions: list[str]) -> tuple[OneViewLlava, On
         ),
         text_config=Qwen2Config(
             vocab_size=len(tokenizer),
+            initializer_range=spread,
             hidden_size=tiny.hidden_size,
             intermediate_size=4 * tiny.hidden_size,
             num_hidden_layers=tiny.text_layers,
@@ -233,6 +238,7 @@ def _build_tiny(tiny: TinyModel, questions: list[str]) -> tuple[OneViewLlava, On
         video_token_index=_token_id(tokenizer, _VIDEO),
         image_grid_pinpoints=[[tiny.image_size] * 2],
     )
+    config.initializer_range = spread  # of the projector
     return OneViewLlava(config), processor
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,45 +27,65 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from convert.action_codec import CODEC_FILE, read_codec
+from convert.action_codec import CODEC_FILE, ActionCodec, read_codec
 from convert.manifest import MANIFEST_FILE
 from convert.reader import ConversationReader
 from oxe_mix.errors import UserError
 from oxe_mix.files import write_json
 from oxe_mix.text import say
-from train_llava.config import RunConfig, deepspeed_json, load_config
-from train_llava.data import MixSampler, SampleDataset, check_lengths, collate, first_batch_text
+from train_llava.config import ERROR_FILE, METRICS_FILE, RunConfig, deepspeed_json, load_config
+from train_llava.data import MixSampler, SampleDataset, collate
 from train_llava.decode import ActionDecoder
 from train_llava.evaluate import evaluate
 from train_llava.metrics import summary
 from train_llava.model import OneViewLlava, load_or_build, save_checkpoint
+from train_llava.preflight import preflight
 from train_llava.processor import OneViewProcessor
 
-METRICS_FILE, REPORT_FILE = "metrics.jsonl", "evaluation.json"
-# Questions that a tiny model's tokenizer is trained on, spread over the data: enough to meet every word of
-# it.
+REPORT_FILE = "evaluation.json"
+# Questions that a tiny model's tokenizer is trained on, spread over the data: enough to meet every word.
 _TOKENIZER_SAMPLES = 2000
 
 
-def train(config: RunConfig, llava: Path, run: Path) -> None:
-    """Train a model on a converted folder and leave it in `run`, with its codec, its metrics and its
-    report.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that a run needs, proved before step 1."""
+
+    config: RunConfig
+    llava: Path
+    codec: ActionCodec
+    reader: ConversationReader
+    model: OneViewLlava
+    processor: OneViewProcessor
+    dataset: SampleDataset
+
+
+def prepare(config: RunConfig, llava: Path) -> Prepared:
+    """Load data and model, and prove that they fit each other; every rank comes to the same result.
+
+    Raises: UserError for what the user can mend.
     """
-    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    tell = say if rank == 0 else _silent
     set_seed(config.seed)
-    codec = read_codec(llava)
-    reader = ConversationReader(llava, "train")
+    codec, reader = read_codec(llava), ConversationReader(llava, "train")
     spread = range(0, len(reader), max(1, len(reader) // _TOKENIZER_SAMPLES))
     model, processor = load_or_build(config.model, [reader[i].question for i in spread], config.seed)
     dataset = SampleDataset(reader, processor, cache=config.train.cache_frames)
-    _preflight(config, model, processor, dataset, tell)
+    for line in preflight(config, model, processor, dataset, _world_size()):
+        _tell(line)
+    return Prepared(config, llava, codec, reader, model, processor, dataset)
 
+
+def train(prepared: Prepared, run: Path) -> None:
+    """Train, evaluate, and leave the model in `run` with its codec, its metrics and its report.
+
+    Raises: UserError for a sample that cannot be read, and for a loss that is no number.
+    """
+    config, reader = prepared.config, prepared.reader
     trainer = _MixTrainer(
-        model=model,
-        args=_arguments(config, run, num_ranks),
-        train_dataset=dataset,
-        data_collator=partial(collate, processor=processor),
+        model=prepared.model,
+        args=_arguments(config, run, _world_size()),
+        train_dataset=prepared.dataset,
+        data_collator=partial(collate, processor=prepared.processor),
         callbacks=[_Metrics(run)],
     )
     trainer.order = MixSampler(reader.ranges, reader.weights, config.seed)
@@ -72,19 +93,35 @@ def train(config: RunConfig, llava: Path, run: Path) -> None:
     start = time.monotonic()
     result = trainer.train()
     seconds = time.monotonic() - start
-    tell(f"trained {config.train.max_steps:,} steps of {config.train.global_batch} in {seconds:.0f} s")
+    _tell(f"trained {config.train.max_steps:,} steps of {config.train.global_batch} in {seconds:.0f} s")
 
-    report: dict[str, Any] = {"config": config.model_dump(mode="json"), "train_seconds": seconds}
-    report |= {"final_loss": trainer.last_loss, "mean_loss": result.training_loss, "samples": len(reader)}
-    held_out = ConversationReader(llava, "val")
-    if len(held_out):
-        tell(f"evaluating on {len(held_out):,} held-out samples")
-        decoder = ActionDecoder(model, processor, codec)
-        report["held_out"] = evaluate(decoder, processor, codec, held_out, config.seed)
-        tell(summary(report["held_out"]))
-    if rank == 0:
-        _save(run, llava, model, processor, report)
-    tell(f"result: {run}\nnext: python inference_action.py --checkpoint {run} --image IMG --instruction TEXT")
+    report: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "ranks": _world_size(),
+        "zero_stage": _zero_stage(trainer.model_wrapped),
+        "train_seconds": round(seconds, 1),
+        "samples": len(reader),
+        "mean_loss": result.training_loss,
+        "final_loss": trainer.last_loss,
+        "held_out": _held_out(prepared),
+    }
+    if _rank() == 0:
+        _save(run, prepared, report)
+    _tell(
+        f"result: {run}\nnext: python inference_action.py --checkpoint {run} --image IMG --instruction TEXT"
+    )
+
+
+def _held_out(prepared: Prepared) -> dict[str, Any] | None:
+    """The scores on held-out episodes, None when the data holds none."""
+    reader = ConversationReader(prepared.llava, "val")
+    if len(reader) == 0:
+        return None
+    _tell(f"evaluating on {len(reader):,} held-out samples")
+    decoder = ActionDecoder(prepared.model, prepared.processor, prepared.codec)
+    report = evaluate(decoder, prepared.processor, prepared.codec, reader, prepared.config.seed)
+    _tell(summary(report))
+    return report
 
 
 class _MixTrainer(Trainer):
@@ -96,13 +133,23 @@ class _MixTrainer(Trainer):
     def _get_train_sampler(self, *_: Any) -> Sampler[int]:
         return self.order
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own loss; one that is no number stops the run before it reaches the weights."""
+        out = super().compute_loss(*args, **kwargs)
+        loss = out[0] if isinstance(out, tuple) else out
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.state.global_step}; lower train.learning_rate"
+            )
+        return out
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self.last_loss = logs.get("loss", self.last_loss)
         super().log(logs, *args, **kwargs)
 
 
 class _Metrics(TrainerCallback):
-    """Every logged line goes to metrics.jsonl and to the screen; a loss that is no number ends the run."""
+    """Every logged line goes to metrics.jsonl and to the screen."""
 
     def __init__(self, run: Path) -> None:
         self._file = run / METRICS_FILE
@@ -154,64 +201,37 @@ def _arguments(config: RunConfig, run: Path, num_ranks: int) -> TrainingArgument
     )
 
 
-def _preflight(
-    config: RunConfig, model: OneViewLlava, processor: OneViewProcessor, dataset: SampleDataset, tell: Any
-) -> None:
-    """What must hold before step 1, said in a line each.
-
-    Raises: UserError when a sample does not fit, nothing is supervised, or the frame does not reach the
-    answer.
-    """
-    weights = sum(p.numel() for p in model.parameters())
-    size = processor.image_processor.size["height"]
-    tokens = processor.num_image_tokens + 1
-    tell(f"model: {weights / 1e6:.2f} M weights; a frame is one {size}x{size} view of {tokens} tokens")
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    own = config.train
-    accumulation = config.accumulation(num_ranks)
-    tell(
-        f"batch: {own.global_batch} = micro {own.micro_batch} x accumulate {accumulation} x ranks {num_ranks}"
-    )
-    probe = list(range(0, len(dataset), max(1, len(dataset) // 256)))
-    tell(f"data: {len(dataset):,} samples; {check_lengths(dataset, probe, own.max_length)}")
-    batch = collate([dataset[0]], processor)
-    tell(f"first sample: {first_batch_text(batch, processor)}")
-    change = _frame_effect(model, batch)
-    if change == 0:
-        raise UserError("a black and a white frame give the same logits: the model does not see its frames")
-    tell(f"a black and a white frame change the logits by up to {change:.2g}")
-
-
-def _frame_effect(model: OneViewLlava, batch: dict[str, torch.Tensor]) -> float:
-    """The largest difference in logits between a black and a white frame."""
-    model.eval()
-    with torch.no_grad():
-        black, white = (
-            model(batch["input_ids"], torch.full_like(batch["pixel_values"], value)).logits
-            for value in (-1.0, 1.0)
-        )
-    model.train()
-    return float((black - white).abs().max())
-
-
-def _save(
-    run: Path, llava: Path, model: OneViewLlava, processor: OneViewProcessor, report: dict[str, Any]
-) -> None:
+def _save(run: Path, prepared: Prepared, report: dict[str, Any]) -> None:
     """Put the model into the run's folder, config.json last: with it the folder is a checkpoint."""
     scratch = run / ".saving"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    save_checkpoint(scratch, model, processor)
-    shutil.copy(llava / CODEC_FILE, scratch / CODEC_FILE)
-    shutil.copy(llava / MANIFEST_FILE, scratch / f"data_{MANIFEST_FILE}")
+    save_checkpoint(scratch, prepared.model, prepared.processor)
+    shutil.copy(prepared.llava / CODEC_FILE, scratch / CODEC_FILE)
+    shutil.copy(prepared.llava / MANIFEST_FILE, scratch / f"data_{MANIFEST_FILE}")
     write_json(scratch / REPORT_FILE, report)
     for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(run / file.name)
     scratch.rmdir()
 
 
-def _silent(_: str) -> None:
-    pass
+def _zero_stage(engine: Any) -> int:
+    """As DeepSpeed itself reports it."""
+    return int(engine.zero_optimization_stage())
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _tell(text: str) -> None:
+    """Said once, by the first rank."""
+    if _rank() == 0:
+        say(text)
 
 
 def main() -> None:
@@ -224,11 +244,18 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        train(load_config(args.config), args.llava, args.into)
+        prepared = prepare(load_config(args.config), args.llava)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            write_json(args.into / ".error.json", {"error": str(error)})
-        raise SystemExit(2) from error
+        # All ranks come to this alike and end in peace; the launcher reads the note and exits 2 with one
+        # line.
+        write_json(args.into / ERROR_FILE, {"error": str(error)})
+        return
+    try:
+        train(prepared, args.into)
+    except UserError as error:
+        # Perhaps only this rank: exit 1, so that the others, which wait for it, are ended too.
+        write_json(args.into / ERROR_FILE, {"error": str(error)})
+        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 # 4 x 4 cells on a 64 x 64 view are 16 x 16 pixels, one patch of the demo's vision tower each. With positions
 # that do not line up with the patches, a model of this size learnt nothing in 6 minutes.
 GRID = 4
+# Full colours on a table of middle grey: what a small vision tower tells apart at once.
 COLORS = {"red": (235, 25, 25), "green": (25, 190, 40), "blue": (25, 50, 235), "yellow": (245, 225, 25)}
 BLOCKS_PER_SCENE = 3
 CLOSING_STEPS = 2
