@@ -53,10 +53,12 @@ class Mix(BaseModel):
     name: str
     seed: int = 0
     source: str = OPEN_X_BUCKET
-    datasets: tuple[DatasetSpec, ...] = Field(min_length=1)
+    datasets: tuple[DatasetSpec, ...]
 
     @model_validator(mode="after")
     def _each_once(self) -> Mix:
+        if not self.datasets:
+            raise ValueError("names no dataset")
         seen = [(spec.name, spec.split) for spec in self.datasets]
         twice = next((pair for pair in seen if seen.count(pair) > 1), None)
         if twice:
@@ -133,7 +135,5 @@ def _in_our_words(problem: Any, known: dict[str, Any]) -> str:
             return f"unknown key{did_you_mean(str(problem['loc'][-1]), list(known))}"
         case "missing":
             return "missing"
-        case "too_short":
-            return "names no dataset"
         case _:
             return str(problem["msg"]).removeprefix("Value error, ")

@@ -59,6 +59,7 @@ def test_a_mix_is_read_with_defaults_and_card_names(tmp_path: Path, cards: Cards
         ("name: viola", "name: bridge_orig", "bridge_orig, split train, stands here twice"),
         ("version: 0.1.0, ", "", "datasets.0.version: missing"),
         ("name: mine", "name: [", "mix.yaml:3: not valid YAML"),
+        ("datasets:\n", "datasets: []\nrest:\n", "rest: unknown key"),
         ("name: mine", "nome: mine", "nome: unknown key; did you mean name?"),
     ],
 )

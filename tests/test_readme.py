@@ -1,0 +1,142 @@
+"""Every command that the README shows, run as it stands; the demo; and what setting up twice costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import PYTHON, ROOT, run
+
+README = (ROOT / "README.md").read_text()
+
+
+def _commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_readme_shows_only_commands_that_are_run_here() -> None:
+    shown = [shlex.split(command)[:2] for command in _commands()]
+    assert shown == [
+        ["make", "demo"],  # below, and whole by hand: benchmarks/results
+        ["make", "test"],  # this
+        ["oxe-mix", "download"],
+        ["oxe-mix", "convert"],
+        ["make", "train"],
+        ["python", "inference_action.py"],
+        ["oxe-mix", "download"],
+        ["oxe-mix", "convert"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_config: Path, llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as a fresh clone, but with few training steps, a camera picture and a robot of one's own."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("Makefile", "envs", ".venv", "pyproject.toml", "inference_action.py", "mixtures"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "train_llava/configs").mkdir(parents=True)
+    shutil.copy(tiny_config, folder / "train_llava/configs/tiny-cpu.yaml")
+    shutil.copy(next((llava / "images/viola").rglob("*.jpg")), folder / "camera.jpg")
+    return folder
+
+
+def _run_shown(command: str, folder: Path, *more: str) -> str:
+    """Run a line of the README in a folder; the commands are those of the project's environment."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(PYTHON).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    words = [*shlex.split(command), *more]
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_four_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, bucket: Path) -> None:
+    _, _, download, convert, train, act, dry_run, _ = _commands()
+    assert "still to fetch" in _run_shown(dry_run, workplace, "--source", str(bucket))
+    assert not (workplace / "data").exists()
+    _run_shown(download, workplace, "--source", str(bucket))
+    _run_shown(convert, workplace)
+    _run_shown(train, workplace)
+    record = json.loads(_run_shown(act, workplace))
+    assert record["unnorm_key"] == "bridge_orig"
+    assert len(record["actions"][0]) == 7
+
+
+def test_the_readmes_own_robot_converts(workplace: Path, bucket: Path) -> None:
+    """Its card, on data in a layout to match: bridge_orig's, whose first camera it calls image."""
+    card = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)[0])
+    target = workplace / "my_data/my_robot/1.0.0"
+    target.mkdir(parents=True)
+    (workplace / "my_cards").mkdir()
+    for file in (bucket / "bridge_dataset/1.0.0").iterdir():
+        if "-val" not in file.name:
+            shutil.copy(file, target / file.name)
+    card["cameras"] = {"primary": "image_0"}
+    (workplace / "my_cards/my_robot.yaml").write_text(yaml.safe_dump(card))
+    said = _run_shown(_commands()[-1], workplace)
+    assert "my_robot" in said
+    assert (workplace / "my_llava/manifest.json").exists()
+
+
+def test_the_demo_runs_all_stages_and_ends_with_its_table(tiny_config: Path, tmp_path: Path) -> None:
+    options = ("--episodes", "60", "--config", tiny_config, "--out", tmp_path / "demo")
+    said = run(PYTHON, "-m", "oxe_mix.demo", *options).stdout
+    shown = re.findall(r"^\$ (\S+ \S+)", said, re.MULTILINE)
+    assert shown == [
+        "oxe-mix synth",
+        "oxe-mix download",
+        "oxe-mix convert",
+        "make train",
+        "python inference_action.py",
+    ]
+    table = said[said.index("the whole line") :]
+    for row in (
+        "steps in = ",
+        "frames copied",
+        "training loss",
+        "L1 mean action",
+        "L1 repeat last",
+        "predicted action",
+    ):
+        assert row in table
+    total, parts = re.findall(r"steps in = written \+ held out \+ dropped\s+([\d,]+) = ([\d, +]+)", table)[0]
+    assert int(total.replace(",", "")) == sum(int(part.replace(",", "")) for part in parts.split(" + "))
+
+
+def test_setting_up_again_does_nothing() -> None:
+    ready = ROOT / ".venv/.ready"
+    if not ready.exists():
+        pytest.skip("this environment was not made by make setup")
+    before = ready.stat().st_mtime_ns
+    processes = [
+        subprocess.Popen(["make", "setup"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [process.communicate()[0] for process in processes] == ["", ""]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert ready.stat().st_mtime_ns == before
+
+
+def test_what_the_readme_says_to_fetch_is_what_the_default_mix_asks_for() -> None:
+    mix = yaml.safe_load((ROOT / "mixtures/default.yaml").read_text())
+    rows = dict(re.findall(r"^\| (\w+) \| .* \| (0\.\d+) \| .*\|$", README, re.MULTILINE))
+    assert {name: float(fraction) for name, fraction in rows.items()} == {
+        spec["name"]: spec["fraction"] for spec in mix["datasets"]
+    }
+    for name, size, fraction, fetch in re.findall(
+        r"^\| (\w+) \| ([\d.]+) GiB \| ([\d.]+) \| ([\d.]+) GiB", README, re.M
+    ):
+        card = yaml.safe_load((ROOT / f"oxe_mix/cards/{name}.yaml").read_text())
+        assert float(size) == round(card["size_gib"], 1)
+        assert float(fetch) == round(card["size_gib"] * float(fraction), 1)
