@@ -20,7 +20,7 @@ from convert.statistics import STATISTICS_FILE, openvla_layout
 from oxe_mix import __version__
 from oxe_mix.cards import load_cards
 from oxe_mix.errors import UserError
-from oxe_mix.files import atomic_write, folder_lock, write_json
+from oxe_mix.files import atomic_write, folder_lock, is_temporary, sweep, write_json
 from oxe_mix.lock import LOCK_FILE
 from oxe_mix.mix import Mix, load_mix
 from oxe_mix.progress import progress
@@ -67,6 +67,7 @@ def run_convert(options: ConvertOptions) -> int:
     with folder_lock(out, "conversion"):
         # Until the new manifest is there, nobody may take what lies here for a result.
         (out / MANIFEST_FILE).unlink(missing_ok=True)
+        sweep(out)
         scratch.mkdir(exist_ok=True)
         total = len(run.jobs)
         with progress(
@@ -110,7 +111,8 @@ def _refuse_other_folder(out: Path) -> None:
     """Only a folder that is empty or our own is written into: what an earlier run left there is replaced."""
     own = {CONVERSATIONS, IMAGES, VALIDATION, _PARTIAL, MANIFEST_FILE, CODEC_FILE, STATISTICS_FILE}
     own |= {"data.yaml", "data_val.yaml", ".oxe-mix.busy"}
-    strange = [path.name for path in out.iterdir() if path.name not in own] if out.is_dir() else []
+    here = out.iterdir() if out.is_dir() else ()
+    strange = [path.name for path in here if path.name not in own and not is_temporary(path)]
     if strange:
         raise UserError(f"{out}: holds other things ({strange[0]}); choose another --out")
 

@@ -30,6 +30,19 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(*folders: Path) -> None:
+    """Remove what a killed `atomic_write` left in these folders; only for who holds their lock."""
+    for folder in folders:
+        for path in folder.glob(".*"):
+            if is_temporary(path):
+                path.unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that `atomic_write` has not finished."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that reads well and is the same bytes for the same value."""
     with atomic_write(path) as stream:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oxe_mix.fetch import PARTIAL, ShardReport, ShardTask
-from oxe_mix.files import atomic_write, write_json
+from oxe_mix.files import atomic_write, sweep, write_json
 from oxe_mix.lock import Lock, LockedDataset, LockedShard, LockedSplit
 from oxe_mix.mix import Mix
 from oxe_mix.plan import SplitPlan
@@ -103,6 +103,7 @@ def locked_files(lock: Lock, data: Path) -> Iterator[tuple[Path, LockedShard]]:
                 yield data / dataset.folder / shard.file, shard
 
 
-def clean_up(data: Path) -> None:
-    """Remove the temporary home of a finished download."""
+def clean_up(data: Path, lock: Lock) -> None:
+    """Remove the temporary home of a finished download, and what killed runs left half written."""
     shutil.rmtree(data / PARTIAL, ignore_errors=True)
+    sweep(data, *(data / dataset.folder for dataset in lock.datasets))

@@ -65,10 +65,13 @@ class Mix(BaseModel):
             raise ValueError(
                 f"{twice[0]}, split {twice[1]}, stands here twice; add the fractions or weights up"
             )
-        weights: dict[str, float] = {}
+        first: dict[str, DatasetSpec] = {}
         for spec in self.datasets:
-            if weights.setdefault(spec.name, spec.weight) != spec.weight:
-                raise ValueError(f"{spec.name} has two weights; all splits of a dataset share one")
+            one = first.setdefault(spec.name, spec)
+            if (one.version, one.weight, one.source) != (spec.version, spec.weight, spec.source):
+                raise ValueError(
+                    f"the splits of {spec.name} differ in version, weight or source; they share one"
+                )
         return self
 
     def with_source(self, source: str) -> Mix:

@@ -75,7 +75,7 @@ def _fetch_and_finish(
     write_lock(out, Lock(complete=False, mix=mix))
     done = finish_download(mix, plans, tasks, reports, out)
     write_lock(out, done)
-    clean_up(out)
+    clean_up(out, done)
     say(_summary(plans, reports, time.monotonic() - start))
     say(f"result: {out}\nnext: {_next(out)}")
     return 0

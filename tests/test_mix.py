@@ -72,6 +72,12 @@ def test_a_mistake_is_named_with_its_place(
     assert all(line.startswith(str(tmp_path / "mix.yaml")) for line in str(error.value).splitlines())
 
 
+def test_the_splits_of_a_dataset_share_version_and_weight(tmp_path: Path, cards: Cards) -> None:
+    other = "- {name: viola, version: 0.2.0, fraction: 1, weight: 2, split: test}\n"
+    with pytest.raises(UserError, match="the splits of viola differ in version, weight or source"):
+        _load(tmp_path, GOOD + other, cards)
+
+
 def test_a_missing_mix_is_looked_up_in_mixtures_and_the_nearest_name_offered(cards: Cards) -> None:
     with pytest.raises(
         UserError, match=r"defualt.yaml: no such file here or in mixtures/; did you mean default.yaml"
