@@ -17,7 +17,7 @@ import yaml
 
 from oxe_mix.errors import UserError
 from oxe_mix.files import folder_lock
-from oxe_mix.text import complain, count, say, size, table
+from oxe_mix.text import complain, count, say, size
 
 _BIN = Path(sys.executable).parent
 _CONFIG = Path("train_llava/configs/tiny-cpu.yaml")
@@ -109,7 +109,7 @@ def _table(llava: Path, run: Path, convert_seconds: float, said: str, recorded: 
         ("  recorded bins", " ".join(recorded.replace("<ACTION_", " ").replace(">", "").split())),
         ("  latency", f"{predicted['latency_ms']:.0f} ms"),
     ]
-    return table(("the whole line", ""), rows)
+    return "\n".join(["the whole line", "-" * 78, *(f"{label:<44}{value}" for label, value in rows)])
 
 
 def _total(manifest: dict[str, Any], of: str) -> Counter[str]:

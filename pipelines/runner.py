@@ -31,9 +31,9 @@ def run_and_collect(
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     processes = None
     if workers > 1:
-        processes = SubprocessSDKEnvironment.from_command_string(
-            f"{shlex.quote(sys.executable)} -m pipelines.worker"
-        )
+        # -P: a file that happens to lie in the user's folder (proto.py, say) must not stand in for a package.
+        command = f"{shlex.quote(sys.executable)} -P -m pipelines.worker"
+        processes = SubprocessSDKEnvironment.from_command_string(command)
     options = PipelineOptions([f"--direct_num_workers={workers}"])
     with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder:
         file = Path(folder) / "reports.json"

@@ -65,6 +65,8 @@ def _environment(num_ranks: int) -> dict[str, str]:
     environment = dict(os.environ)
     # DeepSpeed compiles its shared-memory op on the first run and looks for ninja on the PATH.
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    # A file that happens to lie in the user's folder must not stand in for a package.
+    environment["PYTHONSAFEPATH"] = "1"
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
