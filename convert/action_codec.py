@@ -13,10 +13,10 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from oxe_mix.errors import UserError, did_you_mean
-from oxe_mix.files import read_json, write_json
+from oxe_mix.files import read_model, write_json
 
 CODEC_FILE = "action_codec.json"
 NUM_BINS = 256
@@ -194,12 +194,7 @@ def read_codec(folder: Path) -> ActionCodec:
     """The codec of a converted folder or of a checkpoint. Raises: UserError when it has none or a broken
     one.
     """
-    file = folder / CODEC_FILE
-    try:
-        return ActionCodec.model_validate(read_json(file, "the action codec that oxe-mix convert writes"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_model(ActionCodec, folder / CODEC_FILE, "the action codec that oxe-mix convert writes")
 
 
 def write_codec(folder: Path, codec: ActionCodec) -> None:

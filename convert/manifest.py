@@ -7,10 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from oxe_mix.errors import UserError
-from oxe_mix.files import read_json, write_json
+from oxe_mix.files import read_model, write_json
 
 MANIFEST_FILE = "manifest.json"
 
@@ -85,11 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{folder}: no {MANIFEST_FILE}, so no finished conversion; run oxe-mix convert --out {folder}"
         )
-    try:
-        return Manifest.model_validate(read_json(file, "the manifest that oxe-mix convert writes"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return read_model(Manifest, file, "the manifest that oxe-mix convert writes")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

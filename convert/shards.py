@@ -23,7 +23,7 @@ from convert.llava import CONVERSATIONS, IMAGES, VALIDATION, Place, conversation
 from convert.statistics import action_stats
 from oxe_mix.cards import Card
 from oxe_mix.errors import UserError
-from oxe_mix.files import atomic_write, read_json, write_json
+from oxe_mix.files import atomic_write, read_model, write_json
 from oxe_mix.rlds import FEATURES_FILE, Episode, parse_features
 from oxe_mix.selection import uniform_hash
 from oxe_mix.tfrecord import read_records
@@ -118,7 +118,7 @@ def merge_actions(card: Card, files: list[str], folder: Path) -> str:
 
 def read_stats(file: str) -> ActionStats:
     """The statistics that `merge_actions` wrote."""
-    return ActionStats.model_validate(read_json(Path(file), "action statistics"))
+    return read_model(ActionStats, Path(file), "action statistics")
 
 
 def convert_shard(job: ShardJob, stats: ActionStats) -> ShardCounts:

@@ -8,9 +8,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from oxe_mix.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 @contextmanager
@@ -57,6 +61,16 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{path}: no such file; expected {what}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); expected {what}") from error
+
+
+def read_model(kind: type[Model], file: Path, what: str) -> Model:
+    """Read one of our own JSON files; one that was edited or is of another version is the user's error."""
+    try:
+        return kind.model_validate(read_json(file, what))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "file"
+        raise UserError(f"{file}: {place}: {first['msg']}; expected {what}") from error
 
 
 @contextmanager

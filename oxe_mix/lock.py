@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from oxe_mix.errors import UserError
-from oxe_mix.files import read_json, write_json
+from oxe_mix.files import read_model, write_json
 from oxe_mix.mix import Mix
 
 LOCK_FILE = "oxe-mix.lock.json"
@@ -74,14 +74,7 @@ def read_lock(data: Path) -> Lock | None:
     file = data / LOCK_FILE
     if not file.exists():
         return None
-    try:
-        return Lock.model_validate(read_json(file, "the lock of a download"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{file}: {place}: {first['msg']}; the file was edited or is of another version"
-        ) from error
+    return read_model(Lock, file, "the lock that oxe-mix download writes")
 
 
 def write_lock(data: Path, lock: Lock) -> None:
