@@ -5,7 +5,7 @@ NPROC ?= 2
 LLAVA ?= llava
 RUN ?=
 SEEDS ?= 0 1 2
-CONSTRAINTS ?= envs/cpu.txt
+CONSTRAINTS ?=
 
 .PHONY: setup demo test train bench lint golden clean
 
@@ -13,7 +13,7 @@ setup:
 	@./envs/setup.sh $(CONSTRAINTS)
 
 demo: setup
-	@$(BIN)/python -m oxe_mix.demo
+	@$(BIN)/python -m train_llava.demo
 
 test: setup
 	@$(BIN)/python -m pytest

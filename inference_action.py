@@ -43,7 +43,7 @@ def act(
     from convert.llava import question
 
     codec = read_codec(checkpoint)
-    codec.stats(unnorm_key)  # a wrong key is refused before the model is loaded
+    key, _ = codec.stats(unnorm_key)  # a wrong key is refused before the model is loaded
     try:
         asked = question(instruction)
     except ValueError as error:
@@ -57,12 +57,16 @@ def act(
 
     frame = open_image(image)
     model, processor = load_checkpoint(checkpoint)
-    torch.nn.Module.to(model, device)
+    try:
+        torch.nn.Module.to(model, device)
+    except (RuntimeError, AssertionError) as error:
+        # torch says "not compiled with CUDA" with an AssertionError.
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     decoder = ActionDecoder(model, processor, codec)
     start = time.perf_counter()
-    prediction = decoder.predict([asked], processor.view(frame)[None])
+    prediction = decoder.predict([asked], processor.view(frame)[None], [key])
     latency = (time.perf_counter() - start) * 1000
-    return action_record(codec, prediction, unnorm_key) | {"latency_ms": round(latency, 2)}
+    return action_record(codec, prediction, key) | {"latency_ms": round(latency, 2)}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main() -> None:
 
 def _run(seed: int) -> dict[str, Any]:
     out = Path("build/bench") / f"seed-{seed}"
-    command = [sys.executable, "-m", "oxe_mix.demo", "--out", str(out), "--seed", str(seed)]
+    command = [sys.executable, "-m", "train_llava.demo", "--out", str(out), "--seed", str(seed)]
     subprocess.run(command, check=True)
     report: dict[str, Any] = json.loads((out / "run/evaluation.json").read_text())
     return report
@@ -56,7 +56,7 @@ def _row(seed: int, report: dict[str, Any]) -> tuple[str, ...]:
     l1 = report["held_out"]["l1"]
     figures = [l1[name] for name in ("model", "shuffled_images", "mean_action", "repeat_last")]
     ratio = l1["model"] / l1["mean_action"]
-    exact = report["held_out"]["accuracy"]["exact"]
+    exact = report["held_out"]["accuracy"]["model"]["exact"]
     return (
         str(seed),
         *(f"{figure:.3f}" for figure in figures),

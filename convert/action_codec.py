@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.files import read_model, write_json
@@ -34,20 +34,33 @@ class ActionStats(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    q01: tuple[float, ...]
-    q99: tuple[float, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    min: tuple[float, ...]
-    max: tuple[float, ...]
+    q01: tuple[FiniteFloat, ...]
+    q99: tuple[FiniteFloat, ...]
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
+    min: tuple[FiniteFloat, ...]
+    max: tuple[FiniteFloat, ...]
     mask: tuple[bool, ...]
     num_transitions: int
     num_trajectories: int
+
+    @model_validator(mode="after")
+    def _widths_agree(self) -> ActionStats:
+        columns = (self.q01, self.q99, self.mean, self.std, self.min, self.max, self.mask)
+        if len({len(column) for column in columns}) > 1:
+            raise ValueError("q01, q99, mean, std, min, max and mask differ in length")
+        return self
 
     @property
     def constant(self) -> NDArray[np.bool_]:
         """Dimensions that never change in the whole dataset, [A]."""
         return np.equal(self.min, self.max)
+
+    @property
+    def possible_bins(self) -> NDArray[np.bool_]:
+        """The bins that mean something, [A, NUM_BINS]: all for a movement, the upper half for a gripper."""
+        upper = np.arange(NUM_BINS) >= NUM_BINS // 2
+        return np.array(self.mask)[:, None] | upper
 
     @property
     def moving(self) -> NDArray[np.bool_]:
@@ -123,8 +136,18 @@ def encode(actions: Floats, stats: ActionStats) -> Bins:
 
 
 def decode(bins: Bins, stats: ActionStats) -> NDArray[np.float64]:
-    """Bins [T, A] to robot units [T, A]. Raises: ValueError for wrong widths and unknown bins."""
-    return unnormalize(bins_to_normalized(bins), stats)
+    """Bins [T, A] to robot units [T, A].
+
+    Raises: ValueError for wrong widths, unknown bins, and a gripper in the lower half, which no recording
+    has.
+    """
+    normalized = bins_to_normalized(bins)
+    _check(normalized, len(stats.mask))
+    low = ~np.array(stats.mask) & (bins < NUM_BINS // 2)
+    if low.any():
+        t, a = np.argwhere(low)[0]
+        raise ValueError(f"step {t}, dimension {a}: bin {bins[t, a]} is below a gripper's range")
+    return unnormalize(normalized, stats)
 
 
 def clipped(actions: Floats, stats: ActionStats) -> NDArray[np.bool_]:
@@ -163,9 +186,18 @@ class ActionCodec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal[1] = 1
     binning: Literal["uniform256"] = "uniform256"
-    action_dim: int
-    chunk: int = 1
-    datasets: dict[str, ActionStats]
+    action_dim: Annotated[int, Field(gt=0)]
+    chunk: Annotated[int, Field(gt=0)] = 1
+    datasets: Annotated[dict[str, ActionStats], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _widths_agree(self) -> ActionCodec:
+        for name, stats in self.datasets.items():
+            if len(stats.mask) != self.action_dim:
+                raise ValueError(
+                    f"{name} has actions of width {len(stats.mask)}, action_dim is {self.action_dim}"
+                )
+        return self
 
     def stats(self, unnorm_key: str | None) -> tuple[str, ActionStats]:
         """The dataset whose statistics turn bins into robot units; with one dataset it need not be named.

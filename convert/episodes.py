@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.llava import clean_instruction
 from convert.ops import apply_op, int32_codepoints
 from oxe_mix.cards import Card, FillTerm, Language, Term
 from oxe_mix.rlds import Episode
@@ -19,7 +20,7 @@ class Trajectory:
     """The steps of an episode that the recipe keeps, [T] each; step numbers count in the source episode."""
 
     actions: NDArray[np.float32]  # [T, A], robot units, gripper last: 0 closed, 1 open
-    instructions: list[str]  # may be empty at a step
+    instructions: list[str]  # as `clean_instruction` leaves them; may be empty at a step
     frames: list[bytes]  # as they stand in the record
     first_step: int  # source index of the first step kept
     num_source_steps: int
@@ -43,8 +44,11 @@ def standardize(episode: Episode, card: Card) -> NDArray[np.float32]:
     there.
     """
     before, after = _dropped(card)
+    num_steps = episode.num_steps - before - after
+    if num_steps <= 0:
+        return np.zeros((0, card.action.dims), np.float32)
     columns = [_term(episode, term, before) for term in card.action.recipe]
-    actions = np.concatenate(columns, axis=1)[: max(0, episode.num_steps - before - after)]
+    actions = np.concatenate(columns, axis=1)[:num_steps]
     if not np.isfinite(actions).all():
         t, a = np.argwhere(~np.isfinite(actions))[0]
         raise ValueError(f"step {t + before}, dimension {a}: action is {actions[t, a]}")
@@ -71,20 +75,17 @@ def read_trajectory(episode: Episode, card: Card) -> Trajectory:
 def _dropped(card: Card) -> tuple[int, int]:
     """Steps that the card drops at the start and at the end."""
     return (
-        card.action.trajectory_before.count("drop_first_step"),
-        card.action.trajectory_after.count("drop_last_step"),
+        int("drop_first_step" in card.action.trajectory_before),
+        int("drop_last_step" in card.action.trajectory_after),
     )
 
 
 def _term(episode: Episode, term: Term, before: int) -> NDArray[np.float32]:
     """One term of a recipe, [T, d], over the steps from index `before` on."""
-    num_steps = max(0, episode.num_steps - before)
     if isinstance(term, FillTerm):
-        return np.full((num_steps, term.dims), term.fill, np.float32)
+        return np.full((episode.num_steps - before, term.dims), term.fill, np.float32)
     # A scalar per step is one column.
     x = episode.array(term.key).astype(np.float32).reshape(episode.num_steps, -1)[before:]
-    if len(x) == 0:
-        return np.zeros((0, 0), np.float32)
     for op in term.ops:
         x = apply_op(x, op)
     return x
@@ -92,5 +93,7 @@ def _term(episode: Episode, term: Term, before: int) -> NDArray[np.float32]:
 
 def _instructions(episode: Episode, language: Language) -> list[str]:
     if language.decode == "int32_codepoints":
-        return [int32_codepoints(codes).strip() for codes in episode.array(language.key)]
-    return [value.decode("utf-8", errors="replace").strip() for value in episode.values(language.key)]
+        return [clean_instruction(int32_codepoints(codes)) for codes in episode.array(language.key)]
+    return [
+        clean_instruction(value.decode("utf-8", errors="replace")) for value in episode.values(language.key)
+    ]

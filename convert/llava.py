@@ -13,17 +13,32 @@ IMAGE = "<image>"
 CONVERSATIONS, VALIDATION, IMAGES = "conversations", "val", "images"
 
 
+_BEFORE, _AFTER = f"{IMAGE}\nWhat action should the robot take to ", "?"
+
+
+def clean_instruction(text: str) -> str:
+    """An instruction as it stands in a prompt: one line, lower case, no closing full stop.
+
+    Empty when nothing is left, and when the text holds the image marker, which would break the prompt.
+    """
+    line = " ".join(text.split()).lower().rstrip(". ")
+    return "" if IMAGE in line else line
+
+
 def question(instruction: str) -> str:
-    """The human turn of one camera, instruction in lower case and without a closing full stop.
+    """The human turn of one camera.
 
     Raises: ValueError for an instruction that is empty or holds the image marker.
     """
-    text = " ".join(instruction.split()).lower().rstrip(".")
+    text = clean_instruction(instruction)
     if not text:
-        raise ValueError("the instruction is empty")
-    if IMAGE in text:
-        raise ValueError(f"the instruction holds the image marker {IMAGE}")
-    return f"{IMAGE}\nWhat action should the robot take to {text}?"
+        raise ValueError(f"the instruction {instruction!r} is empty or holds the marker {IMAGE}")
+    return f"{_BEFORE}{text}{_AFTER}"
+
+
+def asked_instruction(human: str) -> str:
+    """The instruction inside a human turn: the inverse of `question`."""
+    return human.removeprefix(_BEFORE).removesuffix(_AFTER)
 
 
 @dataclass(frozen=True, slots=True)

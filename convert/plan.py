@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.shards import ShardJob, episode_hash
+from convert.shards import ShardJob
 from oxe_mix.card_check import check_fits
 from oxe_mix.cards import Card, Cards
 from oxe_mix.errors import UserError
@@ -57,9 +56,13 @@ def find_datasets(data: Path, mix: Mix | None, cards: Cards) -> list[DatasetOnDi
 
 def _everything(data: Path, cards: Cards) -> list[DatasetSpec]:
     """Every NAME/VERSION with a card, weight 1."""
-    specs = []
+    specs: list[DatasetSpec] = []
     for info in sorted(data.glob(f"*/*/{INFO_FILE}")):
         card = cards.find(info.parts[-3])
+        if card is not None and any(spec.name == card.name for spec in specs):
+            raise UserError(
+                f"{data}: holds {card.name} more than once; say with --mix which version you mean"
+            )
         if card is not None:
             specs.append(DatasetSpec(name=card.name, version=info.parts[-2], fraction=1.0))
     if not specs:
@@ -109,12 +112,9 @@ def shard_jobs(
             if not file.exists():
                 raise UserError(f"{file}: not there, though {INFO_FILE} lists it; this copy is not complete")
             shards.append((split, index, len(lengths), length, source_shard, str(file)))
-    hashes = [
-        episode_hash(seed, dataset.card.name, split, source_shard, episode)
-        for split, _, _, length, source_shard, _ in shards
-        for episode in range(length)
-    ]
-    below = _held_out_below(hashes, val_fraction)
+    # Of each dataset at least one episode is held out: the first record of its first shard, which growing
+    # keeps.
+    several = sum(length for _, _, _, length, _, _ in shards) > 1
     return [
         ShardJob(
             card=dataset.card,
@@ -126,16 +126,8 @@ def shard_jobs(
             out=str(out),
             source_shard=source_shard,
             seed=seed,
-            held_out_below=below,
+            held_out_below=val_fraction,
+            holds_out_first=several and val_fraction > 0 and (split, index) == shards[0][:2],
         )
         for split, index, num_shards, length, source_shard, file in shards
     ]
-
-
-def _held_out_below(hashes: list[float], val_fraction: float) -> float:
-    """The bound under which an episode is held out: the fraction, or enough for one episode of the
-    dataset.
-    """
-    if val_fraction == 0 or len(hashes) < 2:
-        return 0.0
-    return max(val_fraction, math.nextafter(min(hashes), math.inf))

@@ -1,7 +1,7 @@
 """One shard of stage 2: read it once for statistics, once for conversations; write one finished output shard.
 
 Each function here is the whole work of one element of the Beam graph: it opens one shard and keeps one
-episode in memory at a time. Output appears under its final name only when it is whole.
+episode's frames in memory at a time. Output appears under its final name only when it is whole.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class ShardJob:
     source_shard: int  # its number at the source, so that held-out episodes stay the same when a mix grows
     seed: int
     held_out_below: float  # an episode is held out when its hash is below this
+    holds_out_first: bool  # and the first one whatever its hash
 
     @property
     def stem(self) -> str:
@@ -53,15 +54,8 @@ class ShardJob:
 
     def holds_out(self, episode: int) -> bool:
         """Whether an episode is for validation."""
-        return (
-            episode_hash(self.seed, self.card.name, self.split, self.source_shard, episode)
-            < self.held_out_below
-        )
-
-
-def episode_hash(seed: int, name: str, split: str, source_shard: int, episode: int) -> float:
-    """A number in [0, 1) that decides whether an episode is held out."""
-    return uniform_hash(seed, name, split, source_shard, episode)
+        place = (self.seed, self.card.name, self.split, self.source_shard, episode)
+        return uniform_hash(*place) < self.held_out_below or (self.holds_out_first and episode == 0)
 
 
 @dataclass(slots=True)

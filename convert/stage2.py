@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from convert.statistics import STATISTICS_FILE, openvla_layout
 from oxe_mix import __version__
 from oxe_mix.cards import load_cards
 from oxe_mix.errors import UserError
-from oxe_mix.files import atomic_write, folder_lock, is_temporary, sweep, write_json
+from oxe_mix.files import BUSY_FILE, atomic_write, folder_lock, sweep, write_json
 from oxe_mix.lock import LOCK_FILE
 from oxe_mix.mix import Mix, load_mix
 from oxe_mix.progress import progress
@@ -70,9 +71,7 @@ def run_convert(options: ConvertOptions) -> int:
         sweep(out)
         scratch.mkdir(exist_ok=True)
         total = len(run.jobs)
-        with progress(
-            "convert", "shards", total, lambda: sum(1 for _ in (out / CONVERSATIONS).glob("*.jsonl"))
-        ):
+        with progress("convert", "passes over shards", 2 * total, _passes_done(run, time.time())):
             counts, failures = convert_all(run.jobs, scratch, options.workers)
         if failures:
             complain("\n".join(failures))
@@ -107,14 +106,29 @@ def _resolve(options: ConvertOptions) -> _Run:
     return _Run(options, mix, datasets, jobs)
 
 
+def _passes_done(run: _Run, start: float) -> Callable[[], int]:
+    """Counts the shards that have been read once and those that have been read twice since `start`."""
+    out = run.options.out
+    once = [out / _PARTIAL / f"{job.stem}.npz" for job in run.jobs]
+    twice = [out / CONVERSATIONS / f"{job.stem}.jsonl" for job in run.jobs]
+
+    def done() -> int:
+        return sum(file.exists() and file.stat().st_mtime >= start for file in (*once, *twice))
+
+    return done
+
+
 def _refuse_other_folder(out: Path) -> None:
-    """Only a folder that is empty or our own is written into: what an earlier run left there is replaced."""
-    own = {CONVERSATIONS, IMAGES, VALIDATION, _PARTIAL, MANIFEST_FILE, CODEC_FILE, STATISTICS_FILE}
-    own |= {"data.yaml", "data_val.yaml", ".oxe-mix.busy"}
-    here = out.iterdir() if out.is_dir() else ()
-    strange = [path.name for path in here if path.name not in own and not is_temporary(path)]
-    if strange:
-        raise UserError(f"{out}: holds other things ({strange[0]}); choose another --out")
+    """Only a folder that is empty or was made by a conversion is written into; what that one left is
+    replaced.
+    """
+    if (out / LOCK_FILE).exists():
+        raise UserError(f"{out}: holds a download; choose another --out")
+    if not out.is_dir() or (out / BUSY_FILE).exists():
+        return
+    strange = next(out.iterdir(), None)
+    if strange is not None:
+        raise UserError(f"{out}: holds other things ({strange.name}); choose another --out")
 
 
 def _finish(run: _Run, counts: list[ShardCounts], stats: dict[str, ActionStats]) -> Manifest:

@@ -3,12 +3,13 @@
 # beside it, waits its turn and then finds nothing to do.
 set -eu
 cd "$(dirname "$0")/.."
-constraints=${1:-envs/cpu.txt}
-
 exec 9>.venv.lock
 flock 9
 
-want=$(cat pyproject.toml "$constraints" | cksum)
+# What was chosen once stays chosen: make setup CONSTRAINTS=envs/cuda.txt, then plain make.
+constraints=${1:-$(cat .venv/.constraints 2>/dev/null || echo envs/cpu.txt)}
+[ -f "$constraints" ] || { echo "error: $constraints: no such file of constraints" >&2; exit 2; }
+want=$(echo "$constraints" | cat - pyproject.toml envs/*.txt | cksum)
 [ "$(cat .venv/.ready 2>/dev/null || true)" = "$want" ] && exit 0
 
 python=${PYTHON:-}
@@ -28,9 +29,11 @@ command -v c++ >/dev/null || echo "warning: no C++ compiler; DeepSpeed needs one
 
 echo "setting up .venv with $("$python" --version) and $constraints"
 rm -f .venv/.ready
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# Also over an environment that is there: one whose making was cut off has a python but no pip.
+"$python" -m venv .venv
 # torch first and alone: asked for later, by a package that only wants some torch, another build could be chosen.
 .venv/bin/python -m pip install --quiet --constraint "$constraints" torch
 .venv/bin/python -m pip install --quiet --constraint "$constraints" --editable ".[train,serve,lora,tf,dev]"
 .venv/bin/python -m pip check
+echo "$constraints" >.venv/.constraints
 echo "$want" >.venv/.ready

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from oxe_mix.errors import UserError, did_you_mean
-from oxe_mix.rlds import Key
+from oxe_mix.rlds import SAFE_NAME, Key
 from oxe_mix.yaml_files import Loc, line_of, load_yaml
 
 SHIPPED = Path(__file__).parent / "cards"
@@ -30,7 +30,6 @@ OpName = Literal[
     "next_state_delta",
     "inflate_zlib_f32",
 ]
-TrajectoryOp = Literal["drop_first_step", "drop_last_step"]
 LanguageDecode = Literal["utf8", "int32_codepoints"]
 
 
@@ -82,8 +81,8 @@ class Action(_Strict):
     encoding: str
     dims: int = Field(gt=0)
     recipe: tuple[Term, ...]
-    trajectory_before: tuple[TrajectoryOp, ...] = ()
-    trajectory_after: tuple[TrajectoryOp, ...] = ()
+    trajectory_before: tuple[Literal["drop_first_step"], ...] = ()
+    trajectory_after: tuple[Literal["drop_last_step"], ...] = ()
 
     @model_validator(mode="after")
     def _delta_needs_drop(self) -> Action:
@@ -109,12 +108,15 @@ class Defect(_Strict):
     source: str
 
 
+FolderName = Annotated[str, Field(pattern=f"^{SAFE_NAME.pattern}$")]
+
+
 class Card(_Strict):
     """All that is known of one dataset."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.\-]*$")]
-    aliases: tuple[str, ...] = ()
-    version: str
+    name: FolderName
+    aliases: tuple[FolderName, ...] = ()
+    version: FolderName
     source: str | None = None  # only where it is not in the mix's bucket
     robot: str
     control_hz: float | None  # null: unknown

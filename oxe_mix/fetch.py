@@ -15,7 +15,7 @@ import google_crc32c
 from oxe_mix.errors import UserError
 from oxe_mix.files import atomic_write, read_json, write_json
 from oxe_mix.lock import Lock
-from oxe_mix.source import file_size, open_stream
+from oxe_mix.source import file_size, open_stream, transport_errors
 from oxe_mix.tfrecord import TFRecordError, read_records
 
 PARTIAL = ".partial"
@@ -47,7 +47,7 @@ class ShardTask:
         if Path(self.target).exists():
             return Path(self.target)
         final = Path(self.final)
-        return next(iter(sorted(final.parent.glob(f"{final.name}-of-*"))), None)
+        return max(final.parent.glob(f"{final.name}-of-*"), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,8 @@ def fetch_shard(task: ShardTask) -> ShardReport:
         raise UserError(
             f"{task.url}: not there, though dataset_info.json lists it; the source is not complete"
         ) from error
+    except transport_errors() as error:
+        raise UserError(f"{task.url}: not fetched ({type(error).__name__}: {error})") from error
     report = ShardReport(task.dataset, task.split, task.index, episodes, num_bytes, crc.hexdigest().decode())
     _write_note(task, report)
     return report
@@ -136,7 +138,11 @@ def note_locked(tasks: list[ShardTask], lock: Lock) -> None:
     }
     for task in tasks:
         shard = locked.get((task.dataset, task.split, task.index))
-        if shard is not None and shard.source_shard == task.source_shard and not task.note.exists():
+        if shard is None or task.note.exists():
+            continue
+        # The same shard of the same layout: a source that was cut anew since has other names and lengths.
+        before = (shard.source_file, shard.of_episodes)
+        if before == (task.url.rsplit("/", 1)[-1], task.of_episodes):
             report = ShardReport(
                 task.dataset, task.split, task.index, shard.episodes, shard.num_bytes, shard.crc32c
             )

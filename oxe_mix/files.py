@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from oxe_mix.errors import UserError
 
+BUSY_FILE = ".oxe-mix.busy"  # in a folder that one of our commands writes; held while it does
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -37,14 +39,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 def sweep(*folders: Path) -> None:
     """Remove what a killed `atomic_write` left in these folders; only for who holds their lock."""
     for folder in folders:
-        for path in folder.glob(".*"):
-            if is_temporary(path):
-                path.unlink()
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a file is one that `atomic_write` has not finished."""
-    return path.name.startswith(".") and path.suffix == ".tmp"
+        for temporary in folder.glob(".*.tmp"):
+            temporary.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,7 +76,7 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stream = (folder / ".oxe-mix.busy").open("w")
+        stream = (folder / BUSY_FILE).open("w")
     except OSError as error:
         raise UserError(f"{folder}: cannot write here ({error.strerror}); choose another folder") from error
     with stream:

@@ -201,7 +201,8 @@ class Episode:
         self.num_steps = self._count_steps()
 
     def array(self, key: Key) -> NDArray[Any]:
-        """Numbers of a step feature, [T, *shape], in the feature's dtype; zlib-packed tensors are unpacked.
+        """Numbers of a step feature, [T, *shape]: float32, or int64 for whole numbers and flags; tensors
+        packed with zlib are unpacked.
 
         Raises: KeyError for a key that is not in the tree; ValueError when values are missing.
         """
@@ -227,10 +228,6 @@ class Episode:
             raise ValueError(f"{'/'.join(key)}: {len(values)} values for {self.num_steps} steps")
         return values
 
-    def episode_flag(self, key: Key) -> bool:
-        """A yes or no that belongs to the whole episode."""
-        return bool(self._features["/".join(key)].int64_list.value[0])
-
     def _column(self, key: Key) -> Any:
         name = "/".join(("steps", *key))
         if name not in self._features:
@@ -240,7 +237,7 @@ class Episode:
     def _count_steps(self) -> int:
         """Steps of the episode, taken from a feature that has exactly one value a step."""
         for key, feature in self._tree.step.items():
-            if feature.kind in ("image", "text") or feature.shape == ():
+            if feature.dtype != "unknown" and (feature.kind in ("image", "text") or feature.shape == ()):
                 column = self._column(key)
                 kind = column.WhichOneof("kind")
                 return len(getattr(column, kind).value) if kind else 0

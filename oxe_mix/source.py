@@ -69,6 +69,14 @@ def file_size(url: str) -> int:
     return int(filesystem.size(path))
 
 
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What reading from a source can raise when the source, the network or the disk fails."""
+    import aiohttp
+    from gcsfs.retry import HttpError
+
+    return (OSError, aiohttp.ClientError, HttpError)
+
+
 def _read_text(url: str) -> str | None:
     try:
         with open_stream(url) as stream:
@@ -76,11 +84,9 @@ def _read_text(url: str) -> str | None:
     except FileNotFoundError:
         return None
     except (ImportError, ValueError) as error:
-        raise UserError(
-            f"{url}: cannot be opened ({error}); expected a folder, or gs://, s3:// or https://"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{url}: cannot be read ({error})") from error
+        raise UserError(f"{url}: cannot be opened ({error}); expected a folder, gs:// or https://") from error
+    except transport_errors() as error:
+        raise UserError(f"{url}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -60,6 +60,8 @@ def _fetch_and_finish(
 
     start = time.monotonic()
     tasks = shard_tasks(plans, out)
+    if lock is None or lock.complete:
+        _refuse_foreign_data(plans, lock, out)
     _refuse_full_disk(plans, tasks, out)
     if lock is None:
         write_lock(out, Lock(complete=False, mix=mix))
@@ -79,6 +81,15 @@ def _fetch_and_finish(
     say(_summary(plans, reports, time.monotonic() - start))
     say(f"result: {out}\nnext: {_next(out)}")
     return 0
+
+
+def _refuse_foreign_data(plans: list[SplitPlan], lock: Lock | None, out: Path) -> None:
+    """What the lock does not name is not ours to rename or replace: it may be the source itself."""
+    own = {dataset.name for dataset in lock.datasets} if lock else set()
+    for plan in plans:
+        folder = plan.folder(out)
+        if plan.spec.name not in own and folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder}: holds data that no download here wrote; choose another --out")
 
 
 def _all_there(lock: Lock, data: Path) -> bool:

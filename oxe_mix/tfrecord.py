@@ -58,12 +58,12 @@ def read_records(stream: BinaryIO, name: str) -> Iterator[Record]:
     number, offset = 0, 0
     while header := stream.read(_HEADER.size):
         where = f"{name}: record {number} at byte {offset}"
-        if number == 0:
-            _refuse_strangers(header + stream.read(0), name)
         if len(header) < _HEADER.size:
+            _refuse_strangers(number, header, name)
             raise TFRecordError(f"{where}: the file ends inside the record's header; fetch it again")
         length, length_crc = _HEADER.unpack(header)
         if _masked_crc(header[:8]) != length_crc or length > _MAX_PAYLOAD:
+            _refuse_strangers(number, header, name)
             raise TFRecordError(
                 f"{where}: the checksum of the length is wrong; the file is damaged or no TFRecord"
             )
@@ -81,9 +81,10 @@ def read_records(stream: BinaryIO, name: str) -> Iterator[Record]:
         number, offset = number + 1, offset + FRAME_BYTES + length
 
 
-def _refuse_strangers(start: bytes, name: str) -> None:
+def _refuse_strangers(number: int, start: bytes, name: str) -> None:
+    """Say what a file is that is no TFRecord from its first byte on."""
     for magic, what in _STRANGERS:
-        if start.startswith(magic[: len(start)]):
+        if number == 0 and start.startswith(magic[: len(start)]):
             raise TFRecordError(f"{name}: this is {what}")
 
 

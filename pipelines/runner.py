@@ -31,15 +31,25 @@ def run_and_collect(
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     processes = None
     if workers > 1:
-        # -P: a file that happens to lie in the user's folder (proto.py, say) must not stand in for a package.
-        command = f"{shlex.quote(sys.executable)} -P -m pipelines.worker"
-        processes = SubprocessSDKEnvironment.from_command_string(command)
+        processes = SubprocessSDKEnvironment.from_command_string(_worker_command())
     options = PipelineOptions([f"--direct_num_workers={workers}"])
     with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder:
         file = Path(folder) / "reports.json"
         with beam.Pipeline(runner=FnApiRunner(default_environment=processes), options=options) as pipeline:
             _ = build(pipeline) | beam.combiners.ToList() | beam.Map(_write, str(file))
         return list(json.loads(file.read_text()))
+
+
+def _worker_command() -> str:
+    """How Beam starts a worker process.
+
+    -P: a file that happens to lie in the user's folder (proto.py, say) must not stand in for a package. Beam
+    itself waits for ever for a worker that cannot start or that the kernel killed; so its end ends this
+    process, too.
+    """
+    worker = f"{shlex.quote(sys.executable)} -P -m pipelines.worker"
+    words = "a worker process ended early (out of memory?); the next run goes on where this one was"
+    return f"{worker} || {{ echo 'error: {words}' >&2; kill -TERM {os.getpid()}; }}"
 
 
 def default_workers(num_tasks: int) -> int:

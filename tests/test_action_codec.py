@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,31 @@ def test_anything_but_whole_actions_is_refused(text: str) -> None:
 def test_a_bin_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="bin 256"):
         codec.bins_to_normalized(np.array([[256]]))
+
+
+def test_a_gripper_below_its_range_is_never_decoded() -> None:
+    stats = _stats(np.eye(7, dtype=np.float32))
+    assert stats.possible_bins.sum(axis=1).tolist() == [256] * 6 + [128]
+    with pytest.raises(ValueError, match="step 0, dimension 6: bin 0 is below a gripper's range"):
+        codec.decode(np.array([[128] * 6 + [0]]), stats)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q99": [1.0] * 6}, "differ in length"),
+        ({"q01": [float("nan")] * 7}, "finite number"),
+        (None, "at least 1 item"),
+    ],
+)
+def test_a_codec_that_could_not_act_is_refused_when_read(
+    tmp_path: Path, change: dict[str, list[float]] | None, message: str
+) -> None:
+    stats = _stats(np.eye(7, dtype=np.float32)).model_dump(mode="json")
+    datasets = {} if change is None else {"viola": stats | change}
+    (tmp_path / codec.CODEC_FILE).write_text(json.dumps({"action_dim": 7, "datasets": datasets}))
+    with pytest.raises(UserError, match=message):
+        codec.read_codec(tmp_path)
 
 
 def test_the_unnorm_key_is_chosen_for_the_user_only_when_there_is_no_choice(tmp_path: Path) -> None:

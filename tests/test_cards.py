@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,11 @@ def test_a_card_of_wrong_form_is_refused_with_file_and_line(
         load_card(file)
     assert message in str(error.value)
     line = int(str(error.value).removeprefix(f"{file}:").split(":", 1)[0])
-    assert 1 <= line <= len(file.read_text().splitlines())
+    # The line holds what was changed, or the key that it belongs to.
+    assert any(
+        word in file.read_text().splitlines()[line - 1]
+        for word in (new.split(":", 1)[0], "normalise_mask", "name")
+    )
 
 
 def test_an_unknown_op_is_refused_at_its_own_line(tmp_path: Path) -> None:
@@ -104,6 +109,16 @@ def test_a_card_that_does_not_fit_the_data_is_refused_at_its_line(
     line = int(str(error.value).removeprefix(f"{file}:").split(":", 1)[0])
     expected = _line(file, "dims: 7") if "comes to" in message else _line(file, new.split("]", 1)[0])
     assert line == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "op"), [("trajectory_before", "drop_last_step"), ("trajectory_after", "drop_first_step")]
+)
+def test_a_dropped_step_on_the_wrong_side_is_refused(tmp_path: Path, field: str, op: str) -> None:
+    text = (SHIPPED / "bridge_orig.yaml").read_text()
+    (tmp_path / "bridge_orig.yaml").write_text(re.sub(rf"{field}: \[\w+\]", f"{field}: [{op}]", text))
+    with pytest.raises(UserError, match=f"{field}.0: '{op}' is unknown"):
+        load_card(tmp_path / "bridge_orig.yaml")
 
 
 def test_a_delta_without_its_dropped_step_is_refused(tmp_path: Path) -> None:

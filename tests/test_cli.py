@@ -78,7 +78,7 @@ def test_help_names_the_commands_and_loads_nothing_heavy() -> None:
 
 
 def test_no_stage_ever_imports_tensorflow(
-    bucket: Path, checkpoint: Path, llava: Path, tmp_path: Path
+    bucket: Path, checkpoint: Path, llava: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
     """Every stage, and its workers, beside a TensorFlow that is installed but refuses to be imported."""
     (tmp_path / "tensorflow").mkdir()
@@ -91,6 +91,8 @@ def test_no_stage_ever_imports_tensorflow(
         )
         assert done.returncode == 0, done.stderr
 
+    short = tmp_path / "short.yaml"
+    short.write_text(tiny_config.read_text().replace("max_steps: 12", "max_steps: 1"))
     refused = subprocess.run(
         [PYTHON, "-c", "import tensorflow"],
         env={"PYTHONPATH": str(tmp_path)},
@@ -103,7 +105,8 @@ def test_no_stage_ever_imports_tensorflow(
     where = ("--mix", tmp_path / "mix.yaml", "--source", bucket, "--workers", "2")
     refusing(OXE_MIX, "download", *where, "--out", tmp_path / "data")
     refusing(OXE_MIX, "convert", "--data", tmp_path / "data", "--out", tmp_path / "llava", "--workers", "2")
-    refusing(PYTHON, "-c", "import train_llava.train, train_llava.launch")
+    launch = (PYTHON, "-m", "train_llava.launch", "--config", short, "--llava", tmp_path / "llava")
+    refusing(*launch, "--run", tmp_path / "run")
     image = next((llava / "images/viola").rglob("*.jpg"))
     act = (ROOT / "inference_action.py", "--checkpoint", checkpoint, "--image", image)
     refusing(PYTHON, *act, "--instruction", "pick up the red block", "--unnorm-key", "viola")

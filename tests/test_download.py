@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -291,6 +292,72 @@ def test_finishing_can_be_killed_between_any_two_renames(
         assert _content(out) == expected, survive
 
 
+def test_data_that_no_download_wrote_is_left_alone(bucket: Path, tmp_path: Path) -> None:
+    """A full copy without a lock, or the source itself, given as --out."""
+    source = tmp_path / "bucket"
+    shutil.copytree(bucket, source)
+    before = _content(source)
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("name: m\ndatasets:\n- {name: viola, version: 0.1.0, fraction: 0.4}\n")
+    assert "holds data that no download here wrote" in _download(mix, source, source, code=2)
+    assert _content(source) == before
+
+
+def test_a_source_that_was_cut_anew_is_not_taken_for_what_is_on_disk(bucket: Path, tmp_path: Path) -> None:
+    """The same records in other shards: growing then fetches all again instead of mixing old and new."""
+    source, out = tmp_path / "bucket", tmp_path / "data"
+    shutil.copytree(bucket / "viola", source / "viola")
+    mix = tmp_path / "mix.yaml"
+    text = "name: m\ndatasets:\n- {name: viola, version: 0.1.0, fraction: 0.5}\n"
+    mix.write_text(text)
+    _download(mix, source, out)
+    folder = source / "viola/0.1.0"
+    payloads = [p for file in sorted(folder.glob("viola-train*")) for p in _payloads(file)]
+    for file in folder.glob("viola-train*"):
+        file.unlink()
+    from oxe_mix.tfrecord import frame
+
+    lengths = [len(payloads[i::8]) for i in range(8)]
+    for i in range(8):
+        (folder / f"viola-train.tfrecord-{i:05d}-of-00008").write_bytes(b"".join(map(frame, payloads[i::8])))
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = [str(n) for n in lengths]
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    mix.write_text(text.replace("0.5", "0.8"))
+    _download(mix, source, out)
+    _download(mix, source, tmp_path / "fresh")
+    assert _content(out) == _content(tmp_path / "fresh")
+
+
+def test_a_shard_that_cannot_be_opened_does_not_lose_the_others(bucket: Path, tmp_path: Path) -> None:
+    source, out, mix = tmp_path / "bucket", tmp_path / "data", _mix(tmp_path, viola=1.0, bridge=1.0)
+    shutil.copytree(bucket, source)
+    shard = sorted((source / "viola/0.1.0").glob("viola-train*"))[2]
+    shard.unlink()
+    shard.mkdir()
+    said = _download(mix, source, out, code=1)
+    assert f"{shard}: not fetched (IsADirectoryError" in said
+    assert "11 of 12 shards fetched" in said
+
+
+def test_a_worker_that_cannot_start_ends_the_command(bucket: Path, tmp_path: Path) -> None:
+    """Beam alone would wait for it for ever."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nif '-m' in sys.orig_argv and 'pipelines.worker' in sys.orig_argv: raise SystemExit(3)\n"
+    )
+    command = [OXE_MIX, "download", "--mix", _mix(tmp_path), "--source", bucket, "--out", tmp_path / "data"]
+    done = subprocess.run(
+        [*map(str, command), "--workers", "2"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "a worker process ended early" in done.stderr
+
+
 def test_two_downloads_into_one_folder_do_not_meet(bucket: Path, tmp_path: Path) -> None:
     from oxe_mix.files import folder_lock
 
@@ -310,6 +377,7 @@ def test_a_card_that_does_not_fit_the_source_stops_before_any_byte(bucket: Path,
     said = _download(_mix(tmp_path), bucket, tmp_path / "data", "--cards", str(own), code=2)
     assert f"{own / 'viola.yaml'}:" in said
     assert "no feature action/rotation" in said
+    assert not list((tmp_path / "data").rglob("*.*record*"))
 
 
 def test_names_from_a_buckets_metadata_cannot_leave_the_target(bucket: Path, tmp_path: Path) -> None:
@@ -320,3 +388,4 @@ def test_names_from_a_buckets_metadata_cannot_leave_the_target(bucket: Path, tmp
     file.write_text(json.dumps({**info, "name": "../../evil"}))
     said = _download(_mix(tmp_path), source, tmp_path / "data", code=2)
     assert "'../../evil' is no name for a file" in said
+    assert not list(tmp_path.rglob("*evil*"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 
 from convert.action_codec import ActionCodec
 from convert.llava import question
+from convert.manifest import read_manifest
 from convert.reader import ConversationReader
 from convert.statistics import action_stats
 from oxe_mix.errors import UserError
@@ -173,14 +177,16 @@ def test_decoding_takes_exactly_seven_action_tokens_and_equals_decoding_without_
 ) -> None:
     model, processor = tiny
     views = _views(1)
-    prediction = ActionDecoder(model, processor, CODEC).predict([QUESTIONS[2]], views)
+    prediction = ActionDecoder(model, processor, CODEC).predict([QUESTIONS[2]], views, ["viola"])
     assert prediction.bins.shape == prediction.probabilities.shape == (1, 1, 7)
     ids, action_ids = processor.prompt_ids(QUESTIONS[2]), prove_action_tokens(processor.tokenizer)
     pixels = torch.from_numpy(processor.pixels(views))
     for i in range(7):
         with torch.no_grad():
             logits = model(torch.tensor([ids]), pixels).logits[0, -1]
-        among = logits[action_ids].softmax(dim=-1)
+        # The gripper's bins are the upper half: the lower one would be no gripper at all.
+        among = torch.where(torch.tensor(i == 6) & (torch.arange(256) < 128), -torch.inf, logits[action_ids])
+        among = among.softmax(dim=-1)
         assert int(among.argmax()) == prediction.bins[0, 0, i]
         assert float(among.max()) == pytest.approx(prediction.probabilities[0, 0, i], abs=1e-5)
         ids.append(action_ids[int(among.argmax())])
@@ -193,33 +199,78 @@ def test_alone_and_in_a_batch_with_longer_prompts_the_bins_are_the_same(
     decoder = ActionDecoder(model, processor, CODEC)
     asked = [QUESTIONS[0], question("please be so kind and pick up the yellow block now"), question("go")]
     views = _views(3)
-    together = decoder.predict(asked, views)
+    together = decoder.predict(asked, views, ["viola"] * 3)
     for i, one in enumerate(asked):
-        alone = decoder.predict([one], views[i : i + 1])
+        alone = decoder.predict([one], views[i : i + 1], ["viola"])
         assert (alone.bins[0] == together.bins[i]).all()
         assert np.abs(alone.probabilities[0] - together.probabilities[i]).max() < 1e-5
 
 
-def test_a_model_that_does_not_see_its_frames_is_found(tiny: tuple[OneViewLlava, OneViewProcessor]) -> None:
+def test_a_model_whose_answer_does_not_depend_on_its_frames_is_found(
+    tiny: tuple[OneViewLlava, OneViewProcessor],
+) -> None:
+    model, processor = tiny
+    prompt, answer = processor.prompt_ids(QUESTIONS[0]), processor.answer_ids("<ACTION_3>")
+    batch = collate([Tokens([*prompt, *answer], [IGNORE] * len(prompt) + answer, _views(1))], processor)
+    assert frame_effect(model, batch) > 0
+    blind = copy.deepcopy(model)
+    for layer in blind.model.language_model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()  # no token learns of another one
+    assert frame_effect(blind, batch) == 0
+    seen = blind(batch["input_ids"], batch["pixel_values"]).logits
+    other = blind(batch["input_ids"], -batch["pixel_values"]).logits
+    assert not torch.equal(seen, other)  # its image tokens do see the frame; that is not what counts
+
+
+def test_saving_is_rehearsed_and_a_difference_is_found(
+    tiny: tuple[OneViewLlava, OneViewProcessor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train_llava import preflight
+
     model, processor = tiny
     prompt = processor.prompt_ids(QUESTIONS[0])
-    seeing = collate([Tokens(prompt, prompt, _views(1))], processor)
-    assert frame_effect(model, seeing) > 0
-    text = [i for i in prompt if i != processor.image_token_id]
-    blind = {**seeing, "input_ids": torch.tensor([text])}
-    with pytest.raises(ValueError, match=r"Image features and image tokens do not match"):
-        frame_effect(model, blind)
+    batch = collate([Tokens(prompt, prompt, _views(1))], processor)
+    preflight.rehearse_save(model, processor, tmp_path, batch)
+    assert not list(tmp_path.iterdir())
+
+    def save_another(folder: Path, *_: object) -> None:
+        other = copy.deepcopy(model)
+        other.lm_head.weight.data += 1e-3
+        save_checkpoint(folder, other, processor)
+
+    monkeypatch.setattr(preflight, "save_checkpoint", save_another)
+    with pytest.raises(UserError, match="gives other logits"):
+        preflight.rehearse_save(model, processor, tmp_path, batch)
+    model.eval()
 
 
 def test_a_sample_that_does_not_fit_is_named(
-    tiny: tuple[OneViewLlava, OneViewProcessor], llava: Path
+    tiny: tuple[OneViewLlava, OneViewProcessor], llava: Path, tmp_path: Path
 ) -> None:
     reader = ConversationReader(llava, "train")
     dataset = SampleDataset(reader, tiny[1], cache=False)
-    longest = max(len(dataset[i].ids) for i in (0, 1, 2))
-    assert check_lengths(dataset, [0, 1, 2], longest) == f"longest sample {longest} tokens <= {longest}"
+    longest = max(len(dataset[i].ids) for i in range(len(dataset)))
+    assert check_lengths(dataset, longest) == f"longest sample {longest} tokens <= {longest}"
+    last = reader[len(reader) - 1].id
     with pytest.raises(UserError, match=r"^bridge_orig/train/0/\d+/1: \d+ tokens > train\.max_length 20"):
-        check_lengths(dataset, [0, 1, 2], 20)
+        check_lengths(dataset, 20)
+    # Every sample is looked at, not a few of them.
+    lines = llava_with_long_last_sample(llava, tmp_path)
+    long = SampleDataset(ConversationReader(lines, "train"), tiny[1], cache=False)
+    with pytest.raises(UserError, match=f"^{last}: "):
+        check_lengths(long, longest)
+
+
+def llava_with_long_last_sample(llava: Path, tmp_path: Path) -> Path:
+    """The folder again, the last sample's answer ten times as long."""
+    out = tmp_path / "long"
+    shutil.copytree(llava, out)
+    file = out / read_manifest(out).datasets[-1].files[-1].path
+    *lines, last = file.read_text().splitlines()
+    sample = json.loads(last)
+    sample["conversations"][1]["value"] *= 10
+    file.write_text("\n".join([*lines, json.dumps(sample), ""]))
+    return out
 
 
 @settings(max_examples=30)
@@ -260,7 +311,9 @@ def test_scores_stand_beside_both_baselines() -> None:
     predicted = target.copy()
     predicted[0, 0], predicted[0, 3] = 3, 7  # dimension 3 never moves: it does not count
     report = score(codec, [Scored("viola", ["a", "a", "b", "b"], target, predicted, target[::-1])])
-    assert report["accuracy"] == {"exact": 0.75, "within_1": 0.75, "within_5": 1.0}
+    assert report["accuracy"]["model"] == {"exact": 0.75, "within_1": 0.75, "within_5": 1.0}
+    assert report["accuracy"]["mean_action"] == {"exact": 0.0, "within_1": 0.0, "within_5": 0.0}
+    assert report["accuracy"]["repeat_last"]["exact"] == 0.0
     edge = 255 / 256
     assert report["l1"]["model"] == pytest.approx(3 * 2 / 256 / 4)
     assert report["l1"]["shuffled_images"] == pytest.approx(2 * edge)
@@ -268,7 +321,9 @@ def test_scores_stand_beside_both_baselines() -> None:
     assert report["l1"]["repeat_last"] == pytest.approx((edge + 2 * edge) / 2)  # the mean at a first step
     assert report["datasets"]["viola"]["moving"] == [0]
     # Bins are 2/256 wide in the codec's range; this dataset's movement spans 2 robot units.
-    assert report["datasets"]["viola"]["l1_robot_units"][0] == pytest.approx(3 * 2 / 256 / 4, rel=0.05)
+    assert report["datasets"]["viola"]["l1_robot_units"]["model"][0] == pytest.approx(
+        3 * 2 / 256 / 4, rel=0.05
+    )
 
 
 def test_deepspeeds_json_comes_from_the_config_alone() -> None:

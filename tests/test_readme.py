@@ -92,7 +92,7 @@ def test_the_readmes_own_robot_converts(workplace: Path, bucket: Path) -> None:
 
 def test_the_demo_runs_all_stages_and_ends_with_its_table(tiny_config: Path, tmp_path: Path) -> None:
     options = ("--episodes", "60", "--config", tiny_config, "--out", tmp_path / "demo")
-    said = run(PYTHON, "-m", "oxe_mix.demo", *options).stdout
+    said = run(PYTHON, "-m", "train_llava.demo", *options).stdout
     shown = re.findall(r"^\$ (\S+ \S+)", said, re.MULTILINE)
     assert shown == [
         "oxe-mix synth",
@@ -106,8 +106,8 @@ def test_the_demo_runs_all_stages_and_ends_with_its_table(tiny_config: Path, tmp
         "steps in = ",
         "frames copied",
         "training loss",
-        "L1 mean action",
-        "L1 repeat last",
+        "mean action",
+        "repeat last",
         "predicted action",
     ):
         assert row in table

@@ -83,6 +83,8 @@ def test_the_instruction_alone_and_the_picture_alone_do_not_give_the_action() ->
     other = next(color for color in scene.blocks if color != scene.target)
     renamed = type(scene)(scene.blocks, other, scene.start)
     assert walk(renamed)[-1].cell != walk(scene)[-1].cell
+    same_words = [s for s in (sample_scene(rng) for _ in range(60)) if s.instruction == scene.instruction]
+    assert len({walk(s)[1].cell[0] - s.start[0] for s in same_words}) == 3
 
 
 def test_the_settings_are_noted_and_a_second_run_does_nothing(bucket: Path) -> None:

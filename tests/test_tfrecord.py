@@ -50,6 +50,13 @@ def test_what_is_no_tfrecord_is_called_by_its_name(start: bytes, what: str) -> N
         list(read_records(io.BytesIO(start), "x"))
 
 
+@pytest.mark.parametrize("length", [0x8B1F, 0x8B1F + 65536, 0x3C])
+def test_a_length_that_looks_like_another_file_is_still_a_record(length: int) -> None:
+    """The first bytes of a file are its first record's length: these begin like gzip, and like `<`."""
+    payload = b"x" * length
+    assert next(read_records(io.BytesIO(frame(payload)), "x")).payload == payload
+
+
 def test_tensorflow_reads_what_we_write_and_we_read_what_it_writes(tmp_path: Path) -> None:
     tf = pytest.importorskip("tensorflow", reason="needs the extra tf")
     payloads = [b"", b"one", bytes(range(256)) * 40]

@@ -28,14 +28,18 @@ def image(llava: Path) -> Path:
     return next((llava / "images/viola/train/0").glob("*.jpg"))
 
 
-def test_it_trained_under_zero_2_on_two_ranks_and_learnt_something(checkpoint: Path) -> None:
+def test_it_trained_under_zero_2_on_two_ranks_and_learnt_something(checkpoint: Path, image: Path) -> None:
     report = json.loads((checkpoint / "evaluation.json").read_text())
     assert (report["zero_stage"], report["ranks"]) == (2, 2)
     lines = [json.loads(line) for line in (checkpoint / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[-1]["loss"] < lines[0]["loss"] - 1
     assert set(report["held_out"]["l1"]) == {"model", "shuffled_images", "mean_action", "repeat_last"}
-    assert set(report["held_out"]["accuracy"]) == {"exact", "within_1", "within_5"}
+    assert set(report["held_out"]["accuracy"]) == set(report["held_out"]["l1"])
+    assert set(report["held_out"]["accuracy"]["model"]) == {"exact", "within_1", "within_5"}
+    assert all(
+        bins[6] >= 128 for bins in [json.loads(_act(checkpoint, image, "--unnorm-key", "viola"))["bins"][0]]
+    )
 
 
 def test_the_stock_classes_load_what_it_left(checkpoint: Path, llava: Path) -> None:
@@ -88,6 +92,8 @@ def test_what_cannot_act_says_why_in_one_line(checkpoint: Path, image: Path, tmp
     assert "not an image that can be decoded" in one_line(
         checkpoint, tmp_path / "text.jpg", "--unnorm-key", "viola"
     )
+    said = one_line(checkpoint, image, "--unnorm-key", "viola", "--device", "gpu0")
+    assert said.startswith("error: --device gpu0: ")
     shutil.copytree(checkpoint, tmp_path / "stripped")
     (tmp_path / "stripped/action_codec.json").unlink()
     assert "action_codec.json: no such file" in one_line(tmp_path / "stripped", image)
@@ -103,9 +109,10 @@ def test_weights_that_are_missing_are_refused(checkpoint: Path, image: Path, tmp
     weights = load_file(broken / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    assert "weights do not fit the model; missing ['lm_head.weight']" in _act(
-        broken, image, "--unnorm-key", "viola", code=2
-    )
+    said = _act(broken, image, "--unnorm-key", "viola", code=2)
+    assert "weights do not fit the model; missing ['lm_head.weight']" in said
+    (broken / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:1000])
+    assert "no LLaVA-OneVision that can be loaded" in _act(broken, image, "--unnorm-key", "viola", code=2)
 
 
 def _train(config: Path, llava: Path, out: Path) -> str:
@@ -134,6 +141,10 @@ def test_training_refuses_in_one_line_what_cannot_work(
     assert "holds a trained model already" in _train(tiny_config, llava, checkpoint)
     assert "no finished conversion" in _train(tiny_config, tmp_path, tmp_path / "run")
     assert "no such file" in _train(tmp_path / "none.yaml", llava, tmp_path / "run")
+    none = run(
+        PYTHON, "-m", "train_llava.launch", "--config", tiny_config, "--llava", llava, "--nproc", "0", code=2
+    )
+    assert none.stderr == "error: NPROC is 0; at least one process must train\n"
     short = tmp_path / "short.yaml"
     short.write_text(tiny_config.read_text().replace("max_length: 128", "max_length: 30"))
     assert "tokens > train.max_length 30" in _train(short, llava, tmp_path / "run")

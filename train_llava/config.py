@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from oxe_mix.cards import FolderName
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.yaml_files import load_yaml
 
@@ -71,13 +72,15 @@ class TrainConfig(_Strict):
 class RunConfig(_Strict):
     """A whole run."""
 
-    name: str
+    name: FolderName
     seed: int = 0
     model: ModelConfig
     train: TrainConfig
 
     def accumulation(self, num_ranks: int) -> int:
         """Micro batches per optimizer step and rank. Raises: UserError when the product does not come out."""
+        if num_ranks < 1:
+            raise UserError(f"NPROC is {num_ranks}; at least one process must train")
         per_pass = self.train.micro_batch * num_ranks
         if self.train.global_batch % per_pass:
             raise UserError(

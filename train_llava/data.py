@@ -46,11 +46,19 @@ class SampleDataset(Dataset[Tokens]):
             self._cache[index] = self._load(index)
         return self._cache[index]
 
+    def token_counts(self, index: int) -> tuple[int, int]:
+        """Tokens of a sample's prompt and of its answer; its frames are not opened."""
+        sample = self.reader[index]
+        return len(self._prompt(sample.question)), len(self._processor.answer_ids(sample.answer))
+
+    def _prompt(self, question: str) -> list[int]:
+        if question not in self._prompts:
+            self._prompts[question] = self._processor.prompt_ids(question)
+        return self._prompts[question]
+
     def _load(self, index: int) -> Tokens:
         sample = self.reader[index]
-        if sample.question not in self._prompts:
-            self._prompts[sample.question] = self._processor.prompt_ids(sample.question)
-        prompt, answer = self._prompts[sample.question], self._processor.answer_ids(sample.answer)
+        prompt, answer = self._prompt(sample.question), self._processor.answer_ids(sample.answer)
         views = np.stack([self._processor.view(open_image(image)) for image in sample.images])
         return Tokens([*prompt, *answer], [IGNORE] * len(prompt) + answer, views)
 

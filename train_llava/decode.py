@@ -22,7 +22,8 @@ from train_llava.processor import OneViewProcessor
 class Prediction:
     """What the model answers for a batch.
 
-    bins: int64 [B, H, A]; probabilities: float32 [B, H, A], the model's own, of each bin among the 256.
+    bins: int64 [B, H, A]; probabilities: float32 [B, H, A], the model's own, of each bin among those
+        possible.
     """
 
     bins: Bins
@@ -37,12 +38,13 @@ class ActionDecoder:
         self._model, self._processor, self._codec = model, processor, codec
         self._action_ids = torch.tensor(prove_action_tokens(processor.tokenizer), device=model.device)
 
-    def predict(self, questions: list[str], views: NDArray[np.uint8]) -> Prediction:
+    def predict(self, questions: list[str], views: NDArray[np.uint8], unnorm_keys: list[str]) -> Prediction:
         """Answer a batch of questions.
 
         Args:
             questions: human turns, each with its <image> markers.
             views: uint8 [N, S, S, 3], all frames in order of the questions.
+            unnorm_keys: the dataset of each question: bins that its actions cannot have are not picked.
 
         Returns: greedy bins and their probabilities. Same bins alone as in a batch: prompts are padded on the
         left.
@@ -51,13 +53,20 @@ class ActionDecoder:
         pixels = torch.from_numpy(self._processor.pixels(views)).to(self._model.device)
         self._model.eval()
         with torch.inference_mode():
-            picked, probabilities = self._greedy(ids, mask, pixels)
+            picked, probabilities = self._greedy(ids, mask, pixels, self._possible(unnorm_keys))
         shape = (len(questions), self._codec.chunk, self._codec.action_dim)
         return Prediction(
             picked.numpy(force=True).reshape(shape), probabilities.numpy(force=True).reshape(shape)
         )
 
-    def _greedy(self, ids: Tensor, mask: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def _possible(self, unnorm_keys: list[str]) -> Tensor:
+        """Which bins may follow, [B, A x H, 256]."""
+        steps = [
+            np.tile(self._codec.stats(key)[1].possible_bins, (self._codec.chunk, 1)) for key in unnorm_keys
+        ]
+        return torch.from_numpy(np.stack(steps)).to(self._model.device)
+
+    def _greedy(self, ids: Tensor, mask: Tensor, pixels: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
         """Bins and probabilities, [B, A x H] each: one pass over the prompt, then one per further token."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         out = self._model.hidden_states(
@@ -65,7 +74,7 @@ class ActionDecoder:
         )
         bins: list[Tensor] = []
         probabilities: list[Tensor] = []
-        for _ in range(self._codec.tokens_per_answer):
+        for i in range(self._codec.tokens_per_answer):
             if bins:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 out = self._model.hidden_states(
@@ -77,7 +86,7 @@ class ActionDecoder:
                     use_cache=True,
                 )
             logits = self._model.lm_head(out.last_hidden_state[:, -1]).float()[:, self._action_ids]
-            best = logits.softmax(dim=-1).max(dim=-1)
+            best = logits.masked_fill(~possible[:, i], -torch.inf).softmax(dim=-1).max(dim=-1)
             bins.append(best.indices)
             probabilities.append(best.values)
         return torch.stack(bins, dim=1), torch.stack(probabilities, dim=1)

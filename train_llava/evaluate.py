@@ -64,7 +64,7 @@ def _answers(
     questions = [reader[index].question for index in asked]
     views = np.stack([processor.view(open_image(image)) for index in shown for image in reader[index].images])
     # The first action of a chunk is what is scored.
-    return decoder.predict(questions, views).bins[:, 0]
+    return decoder.predict(questions, views, [reader[index].dataset for index in asked]).bins[:, 0]
 
 
 def _scored(

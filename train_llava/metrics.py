@@ -8,9 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from convert.action_codec import ActionCodec, ActionStats, Bins, bins_to_normalized, decode, normalize
+from convert.action_codec import (
+    ActionCodec,
+    ActionStats,
+    Bins,
+    bins_to_normalized,
+    normalize,
+    normalized_to_bins,
+    unnormalize,
+)
+from oxe_mix.text import table
 
 Floats = NDArray[np.float64]
+POLICIES = ("model", "shuffled_images", "mean_action", "repeat_last")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,60 +39,74 @@ class Scored:
 
 
 def score(codec: ActionCodec, scored: list[Scored]) -> dict[str, Any]:
-    """Accuracy and L1 over the dimensions that move, for the model, for shuffled frames and for two
+    """L1 and accuracy over the dimensions that move, for the model, for shuffled frames and for two
     baselines.
 
     A dimension moves when it is not constant in the dataset: constant ones are right for free. L1 is in the
-    codec's range (movements -1 to 1, gripper 0 to 1) so that datasets can be averaged, and per dataset in
-    robot units.
+    codec's range (movements -1 to 1, gripper 0 to 1) so that datasets can be averaged, and per dimension and
+    dataset in robot units.
 
     Baselines: mean_action answers the dataset's mean; repeat_last the recorded action of the step before in
     the same episode, and the mean at an episode's first step.
     """
-    errors: dict[str, list[Floats]] = {
-        "model": [],
-        "shuffled_images": [],
-        "mean_action": [],
-        "repeat_last": [],
-    }
-    distances, per_dataset = [], {}
-    for own in scored:
-        stats = codec.datasets[own.dataset]
-        moving = stats.moving
-        target = bins_to_normalized(own.target)[:, moving]
-        answers = {
-            "model": bins_to_normalized(own.predicted),
-            "shuffled_images": bins_to_normalized(own.shuffled),
-            "mean_action": np.broadcast_to(_mean(stats), own.target.shape),
-            "repeat_last": _repeat_last(own, stats),
-        }
-        l1 = {name: np.abs(answer[:, moving] - target) for name, answer in answers.items()}
-        for name, values in l1.items():
-            errors[name].append(values.mean(axis=1))
-        distances.append(np.abs(own.predicted - own.target)[:, moving])
-        per_dataset[own.dataset] = _dataset(own, stats, l1)
-    num = sum(len(own.target) for own in scored)
+    parts = {own.dataset: _compare(own, codec.datasets[own.dataset]) for own in scored}
     return {
-        "samples": num,
-        "l1": {name: float(np.concatenate(values).mean()) for name, values in errors.items()},
+        "samples": sum(len(own.target) for own in scored),
+        "l1": {name: _mean_of([part[name].l1.mean(axis=1) for part in parts.values()]) for name in POLICIES},
         "accuracy": {
-            f"within_{d}" if d else "exact": float(
-                np.concatenate([(x <= d).ravel() for x in distances]).mean()
-            )
-            for d in (0, 1, 5)
+            name: {
+                f"within_{d}" if d else "exact": _mean_of(
+                    [(part[name].bins <= d).ravel() for part in parts.values()]
+                )
+                for d in (0, 1, 5)
+            }
+            for name in POLICIES
         },
-        "datasets": per_dataset,
+        "datasets": {
+            own.dataset: {
+                "samples": len(own.target),
+                "moving": [int(a) for a in np.flatnonzero(codec.datasets[own.dataset].moving)],
+                "l1": {name: float(compared.l1.mean()) for name, compared in parts[own.dataset].items()},
+                "l1_robot_units": {
+                    name: [float(value) for value in compared.robot_units.mean(axis=0)]
+                    for name, compared in parts[own.dataset].items()
+                },
+            }
+            for own in scored
+        },
     }
 
 
-def _dataset(own: Scored, stats: ActionStats, l1: dict[str, Floats]) -> dict[str, Any]:
-    error = np.abs(decode(own.predicted, stats) - decode(own.target, stats)).mean(axis=0)
+@dataclass(frozen=True, slots=True)
+class _Compared:
+    """One policy's distances from what was recorded: l1 and bins [N, moving], robot_units [N, A]."""
+
+    l1: Floats
+    bins: Bins
+    robot_units: Floats
+
+
+def _compare(own: Scored, stats: ActionStats) -> dict[str, _Compared]:
+    target = bins_to_normalized(own.target)
+    answers = {
+        "model": bins_to_normalized(own.predicted),
+        "shuffled_images": bins_to_normalized(own.shuffled),
+        "mean_action": np.tile(_mean(stats), (len(target), 1)),
+        "repeat_last": _repeat_last(own, stats),
+    }
+    moving, recorded = stats.moving, unnormalize(target, stats)
     return {
-        "samples": len(own.target),
-        "moving": [int(a) for a in np.flatnonzero(stats.moving)],
-        "l1": {name: float(values.mean()) for name, values in l1.items()},
-        "l1_robot_units": [float(value) for value in error],
+        name: _Compared(
+            l1=np.abs(answer - target)[:, moving],
+            bins=np.abs(normalized_to_bins(answer) - own.target)[:, moving],
+            robot_units=np.abs(unnormalize(answer, stats) - recorded),
+        )
+        for name, answer in answers.items()
     }
+
+
+def _mean_of(parts: list[Any]) -> float:
+    return float(np.concatenate(parts).mean())
 
 
 def _mean(stats: ActionStats) -> Floats:
@@ -98,14 +122,28 @@ def _repeat_last(own: Scored, stats: ActionStats) -> Floats:
     return out
 
 
-def summary(report: dict[str, Any]) -> str:
-    """The report's figures in a few lines."""
-    l1, mean = report["l1"], report["l1"]["mean_action"]
-    lines = [
-        f"held out: {report['samples']:,} samples; L1 over the dimensions that move (of the mean action's):"
+def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The report as a table: a line per policy, L1, its ratio to the mean action's, and accuracies."""
+    mean = report["l1"]["mean_action"]
+    return [
+        (
+            name.replace("_", " "),
+            f"{report['l1'][name]:.3f}",
+            f"{report['l1'][name] / mean:.2f}",
+            *(f"{value:.1%}" for value in report["accuracy"][name].values()),
+        )
+        for name in POLICIES
     ]
-    lines += [f"  {name:<16} {value:.3f}  ({value / mean:.2f})" for name, value in l1.items()]
-    accuracy = ", ".join(
-        f"{name.replace('_', ' ')} {value:.1%}" for name, value in report["accuracy"].items()
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report's figures as a table, over the dimensions that move."""
+    header = (
+        f"{report['samples']:,} held-out samples",
+        "L1",
+        "of mean's",
+        "exact bin",
+        "within 1",
+        "within 5",
     )
-    return "\n".join([*lines, f"  bins: {accuracy}"])
+    return table(header, rows(report))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -129,7 +130,7 @@ def load_checkpoint(path: str | Path) -> tuple[OneViewLlava, OneViewProcessor]:
     try:
         loaded: Any = OneViewLlava.from_pretrained(str(path), output_loading_info=True, dtype=torch.float32)
         processor = OneViewProcessor.from_pretrained(str(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"{path}: no LLaVA-OneVision that can be loaded ({str(error).splitlines()[0]})"
         ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +12,8 @@ import torch
 from oxe_mix.errors import UserError
 from train_llava.config import RunConfig
 from train_llava.data import SampleDataset, collate
-from train_llava.model import OneViewLlava
+from train_llava.model import OneViewLlava, load_checkpoint, save_checkpoint
 from train_llava.processor import IGNORE, OneViewProcessor
-
-_PROBED = 256  # samples whose length and labels are counted, spread over the data
 
 
 def preflight(
@@ -33,8 +33,7 @@ def preflight(
     yield f"model: {weights / 1e6:.2f} M weights; a frame is one {size}x{size} view of {tokens} tokens"
     accumulate = config.accumulation(num_ranks)
     yield f"batch: {own.global_batch} = micro {own.micro_batch} x accumulate {accumulate} x ranks {num_ranks}"
-    probe = list(range(0, len(dataset), max(1, len(dataset) // _PROBED)))
-    yield f"data: {len(dataset):,} samples; {check_lengths(dataset, probe, own.max_length)}"
+    yield f"data: {len(dataset):,} samples; {check_lengths(dataset, own.max_length)}"
     batch = collate([dataset[0]], processor)
     yield f"first sample: {first_batch_text(batch, processor)}"
     change = frame_effect(model, batch)
@@ -43,23 +42,42 @@ def preflight(
     yield f"a black and a white frame change the logits by up to {change:.2g}"
 
 
-def check_lengths(dataset: SampleDataset, indices: list[int], max_length: int) -> str:
-    """Prove that samples fit and are supervised; returns the length budget of the longest, in words.
+def check_lengths(dataset: SampleDataset, max_length: int) -> str:
+    """Prove that every sample fits and is supervised; returns the length of the longest, in words.
 
     Raises: UserError naming the first sample that is too long or has nothing to learn.
     """
     longest = 0
-    for index in indices:
-        tokens = dataset[index]
-        supervised = sum(label != IGNORE for label in tokens.labels)
-        if supervised <= 1:
+    for index in range(len(dataset)):
+        prompt, answer = dataset.token_counts(index)
+        # The last token of an answer is the end of its turn.
+        if answer <= 1:
             raise UserError(f"{dataset.reader[index].id}: the answer has no token to learn from")
-        if len(tokens.ids) > max_length:
-            raise UserError(
-                f"{dataset.reader[index].id}: {len(tokens.ids)} tokens > train.max_length {max_length}"
-            )
-        longest = max(longest, len(tokens.ids))
+        if prompt + answer > max_length:
+            name = dataset.reader[index].id
+            raise UserError(f"{name}: {prompt + answer} tokens > train.max_length {max_length}")
+        longest = max(longest, prompt + answer)
     return f"longest sample {longest} tokens <= {max_length}"
+
+
+def rehearse_save(
+    model: OneViewLlava, processor: OneViewProcessor, run: Path, batch: dict[str, torch.Tensor]
+) -> None:
+    """Save and reload before step 1: a week of training is worth only what its checkpoint gives back.
+
+    Raises: UserError when the reloaded model answers differently.
+    """
+    with tempfile.TemporaryDirectory(dir=run, prefix=".rehearsal-") as folder:
+        save_checkpoint(Path(folder), model, processor)
+        reloaded, _ = load_checkpoint(folder)
+    inputs = {key: batch[key] for key in ("input_ids", "pixel_values", "attention_mask")}
+    with torch.no_grad():
+        before, after = (own.eval()(**inputs).logits for own in (model, reloaded))
+    model.train()
+    if not torch.equal(before, after):
+        raise UserError(
+            "a checkpoint that is saved and loaded again gives other logits: training would be lost"
+        )
 
 
 def first_batch_text(batch: dict[str, Any], processor: OneViewProcessor) -> str:
@@ -76,11 +94,12 @@ def first_batch_text(batch: dict[str, Any], processor: OneViewProcessor) -> str:
 
 
 def frame_effect(model: OneViewLlava, batch: dict[str, torch.Tensor]) -> float:
-    """The largest difference in logits between a black and a white frame."""
+    """The largest difference that a black or a white frame makes to the logits of the answer."""
+    answer = batch["labels"][:, 1:] != IGNORE
     model.eval()
     with torch.no_grad():
         black, white = (
-            model(batch["input_ids"], torch.full_like(batch["pixel_values"], value)).logits
+            model(batch["input_ids"], torch.full_like(batch["pixel_values"], value)).logits[:, :-1][answer]
             for value in (-1.0, 1.0)
         )
     model.train()

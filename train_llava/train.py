@@ -39,7 +39,7 @@ from train_llava.decode import ActionDecoder
 from train_llava.evaluate import evaluate
 from train_llava.metrics import summary
 from train_llava.model import OneViewLlava, load_or_build, save_checkpoint
-from train_llava.preflight import preflight
+from train_llava.preflight import preflight, rehearse_save
 from train_llava.processor import OneViewProcessor
 
 REPORT_FILE = "evaluation.json"
@@ -81,6 +81,11 @@ def train(prepared: Prepared, run: Path) -> None:
     Raises: UserError for a sample that cannot be read, and for a loss that is no number.
     """
     config, reader = prepared.config, prepared.reader
+    if _rank() == 0:
+        # One rank is enough; the others wait for it at their first common step.
+        first = collate([prepared.dataset[0]], prepared.processor)
+        rehearse_save(prepared.model, prepared.processor, run, first)
+        _tell("a checkpoint that is saved and loaded again gives the same logits")
     trainer = _MixTrainer(
         model=prepared.model,
         args=_arguments(config, run, _world_size()),
@@ -103,10 +108,13 @@ def train(prepared: Prepared, run: Path) -> None:
         "samples": len(reader),
         "mean_loss": result.training_loss,
         "final_loss": trainer.last_loss,
-        "held_out": _held_out(prepared),
     }
     if _rank() == 0:
-        _save(run, prepared, report)
+        # Saved before it is scored: whatever happens there, the trained model is on disk.
+        _save(run, prepared)
+    report["held_out"] = _held_out(prepared)
+    if _rank() == 0:
+        write_json(run / REPORT_FILE, report)
     _tell(
         f"result: {run}\nnext: python inference_action.py --checkpoint {run} --image IMG --instruction TEXT"
     )
@@ -201,7 +209,7 @@ def _arguments(config: RunConfig, run: Path, num_ranks: int) -> TrainingArgument
     )
 
 
-def _save(run: Path, prepared: Prepared, report: dict[str, Any]) -> None:
+def _save(run: Path, prepared: Prepared) -> None:
     """Put the model into the run's folder, config.json last: with it the folder is a checkpoint."""
     scratch = run / ".saving"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -209,7 +217,6 @@ def _save(run: Path, prepared: Prepared, report: dict[str, Any]) -> None:
     save_checkpoint(scratch, prepared.model, prepared.processor)
     shutil.copy(prepared.llava / CODEC_FILE, scratch / CODEC_FILE)
     shutil.copy(prepared.llava / MANIFEST_FILE, scratch / f"data_{MANIFEST_FILE}")
-    write_json(scratch / REPORT_FILE, report)
     for file in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(run / file.name)
     scratch.rmdir()

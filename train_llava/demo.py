@@ -15,12 +15,15 @@ from typing import Any
 
 import yaml
 
+from convert.llava import asked_instruction
 from oxe_mix.errors import UserError
 from oxe_mix.files import folder_lock
-from oxe_mix.text import complain, count, say, size
+from oxe_mix.text import complain, say, size
+from train_llava.metrics import summary
 
 _BIN = Path(sys.executable).parent
 _CONFIG = Path("train_llava/configs/tiny-cpu.yaml")
+_MARK = ".demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Demo:
         config.write_text(yaml.safe_dump({**yaml.safe_load(self.config.read_text()), "seed": self.seed}))
         _command("make", "train", f"CONFIG={config}", f"NPROC={self.ranks}", f"LLAVA={llava}", f"RUN={run}")
         asked = _held_out_sample(llava)
-        instruction = asked["conversations"][0]["value"].partition("take to ")[2].rstrip("?")
+        instruction = asked_instruction(asked["conversations"][0]["value"])
         image, key = llava / "images" / asked["image"], asked["dataset"]
         words = ("--image", image, "--instruction", instruction, "--unnorm-key", key)
         said = _command("python", "inference_action.py", "--checkpoint", run, *words, keep=True)
@@ -80,8 +83,7 @@ def _table(llava: Path, run: Path, convert_seconds: float, said: str, recorded: 
     """The figures of the whole line, read from the files that the stages left."""
     manifest = json.loads((llava / "manifest.json").read_text())
     report = json.loads((run / "evaluation.json").read_text())
-    held_out, predicted = report["held_out"], json.loads(said)
-    l1, accuracy = held_out["l1"], held_out["accuracy"]
+    predicted = json.loads(said)
     steps = _total(manifest, "steps")
     kept = steps["written"] + steps["held_out"]
     images = sum(dataset["image_bytes"] for dataset in manifest["datasets"])
@@ -98,18 +100,13 @@ def _table(llava: Path, run: Path, convert_seconds: float, said: str, recorded: 
             f"{model['max_steps']:,} steps of {model['global_batch']}, {report['train_seconds']:.0f} s",
         ),
         ("training loss, last", f"{report['final_loss']:.3f}"),
-        ("held-out samples", f"{held_out['samples']:,}"),
-        *(
-            (f"  L1 {name.replace('_', ' ')}", _beside(value, l1["mean_action"]))
-            for name, value in l1.items()
-        ),
-        *((f"  bins {name.replace('_', ' ')}", f"{value:.1%}") for name, value in accuracy.items()),
         ("predicted action", " ".join(f"{value:.3f}" for value in predicted["actions"][0])),
         ("  bins", " ".join(map(str, predicted["bins"][0]))),
         ("  recorded bins", " ".join(recorded.replace("<ACTION_", " ").replace(">", "").split())),
         ("  latency", f"{predicted['latency_ms']:.0f} ms"),
     ]
-    return "\n".join(["the whole line", "-" * 78, *(f"{label:<44}{value}" for label, value in rows)])
+    lines = [f"{label:<44}{value}" for label, value in rows]
+    return "\n".join(["the whole line", "-" * 78, *lines, "", summary(report["held_out"])])
 
 
 def _total(manifest: dict[str, Any], of: str) -> Counter[str]:
@@ -126,8 +123,13 @@ def _sum(total: Counter[str]) -> str:
     return f"{total['total']:,} = {parts}"
 
 
-def _beside(value: float, mean: float) -> str:
-    return f"{value:.3f}, {value / mean:.2f} of the mean action's"
+def _clear(out: Path) -> None:
+    """Start afresh, but never delete what no demo made."""
+    if out.exists() and any(out.iterdir()) and not (out / _MARK).exists():
+        raise UserError(f"{out}: not empty, and no demo made it; choose another --out")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()
 
 
 def main() -> None:
@@ -142,8 +144,7 @@ def main() -> None:
     start = time.monotonic()
     try:
         with folder_lock(args.out.parent, "demo"):
-            shutil.rmtree(args.out, ignore_errors=True)
-            args.out.mkdir(parents=True)
+            _clear(args.out)
             Demo(args.out, args.episodes, args.config, args.ranks, args.seed).run()
     except UserError as error:
         complain(str(error))
@@ -152,7 +153,7 @@ def main() -> None:
         complain(f"{' '.join(map(str, error.cmd))}: exit {error.returncode}")
         raise SystemExit(error.returncode) from error
     minutes = (time.monotonic() - start) / 60
-    say(f"\nresult: {count(len(list(args.out.iterdir())), 'item')} in {args.out}, {minutes:.1f} min")
+    say(f"\nresult: {args.out}, {minutes:.1f} min")
 
 
 if __name__ == "__main__":
