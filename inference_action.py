@@ -50,11 +50,13 @@ def act(
         raise UserError(f"--instruction: {error}") from error
 
     import torch
+    from transformers.utils import logging as transformers_logging
 
     from train_llava.decode import ActionDecoder, action_record
     from train_llava.model import load_checkpoint
     from train_llava.processor import open_image
 
+    transformers_logging.disable_progress_bar()
     frame = open_image(image)
     model, processor = load_checkpoint(checkpoint)
     try:

@@ -23,7 +23,9 @@ app = typer.Typer(
 
 Mix = Annotated[Path, typer.Option(help="Mix file; a bare name is looked up in mixtures/.")]
 CardsFolder = Annotated[Path | None, typer.Option("--cards", help="Folder with your own dataset cards.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core if not given.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Worker processes; if not given, as many as the data is worth.")
+]
 
 
 @app.command()

@@ -68,7 +68,7 @@ def _fetch_and_finish(
     else:
         note_locked(tasks, lock)
     with progress("download", "shards", len(tasks), lambda: sum(task.note.exists() for task in tasks)):
-        reports, failures = fetch_all(tasks, workers)
+        reports, failures = fetch_all(tasks, sum(plan.estimated_bytes for plan in plans), workers)
     if failures:
         complain("\n".join(failures))
         say(f"{len(reports)} of {count(len(tasks), 'shard')} fetched; the next run fetches only the missing")

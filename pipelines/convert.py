@@ -63,7 +63,7 @@ class MergeActions(beam.DoFn):
             except UserError as error:
                 errors = [str(error)]
         for job, _, own_error in shards:
-            yield job, file, own_error if file == "" and own_error else ("" if file else errors[0])
+            yield job, file, own_error or (errors[0] if errors else "")
 
 
 class ConvertShard(beam.DoFn):
@@ -101,7 +101,8 @@ def convert_all(
             | beam.ParDo(ConvertShard())
         )
 
-    results = run_and_collect(build, workers or default_workers(len(jobs)))
+    num_bytes = sum(Path(job.file).stat().st_size for job in jobs)
+    results = run_and_collect(build, workers or default_workers(len(jobs), num_bytes))
     failures = sorted({result[_FAILED] for result in results if _FAILED in result})
     counts = [counts_from_json(result["counts"]) for result in results if "counts" in result]
     return sorted(counts, key=lambda c: (c.dataset, c.split, c.index)), failures

@@ -24,8 +24,10 @@ class FetchShard(beam.DoFn):
             yield {"failure": str(error)}
 
 
-def fetch_all(tasks: list[ShardTask], workers: int | None) -> tuple[list[ShardReport], list[str]]:
-    """Fetch all shards.
+def fetch_all(
+    tasks: list[ShardTask], num_bytes: int, workers: int | None
+) -> tuple[list[ShardReport], list[str]]:
+    """Fetch all shards, about `num_bytes` in all.
 
     Returns: the reports in order of dataset, split and shard, and what was wrong with the shards that failed.
     """
@@ -34,7 +36,7 @@ def fetch_all(tasks: list[ShardTask], workers: int | None) -> tuple[list[ShardRe
         # Reshuffle spreads the tasks: without it all of them are one bundle of one worker.
         return pipeline | beam.Create(tasks) | beam.Reshuffle() | beam.ParDo(FetchShard())
 
-    results = run_and_collect(build, workers or default_workers(len(tasks)))
+    results = run_and_collect(build, workers or default_workers(len(tasks), num_bytes))
     reports = [ShardReport(**result["report"]) for result in results if "report" in result]
     failures = sorted(result["failure"] for result in results if "failure" in result)
     return sorted(reports, key=lambda r: (r.dataset, r.split, r.index)), failures

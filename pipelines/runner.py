@@ -17,6 +17,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
+_BYTES_PER_WORKER = 256 << 20
+
 
 def run_and_collect(
     build: Callable[[beam.Pipeline], beam.PCollection[dict[str, Any]]], workers: int
@@ -52,9 +54,14 @@ def _worker_command() -> str:
     return f"{worker} || {{ echo 'error: {words}' >&2; kill -TERM {os.getpid()}; }}"
 
 
-def default_workers(num_tasks: int) -> int:
-    """One per core, but no more than there are tasks: a worker process costs two seconds to start."""
-    return max(1, min(len(os.sched_getaffinity(0)), num_tasks))
+def default_workers(num_tasks: int, num_bytes: int) -> int:
+    """One per core, but no more than there are tasks, and only as many as earn the seconds they take to
+    start.
+
+    Measured on two cores: at 220 MB one process converts in 5.4 s and downloads in 2.2 s, two in 7.2 s and
+    2.9 s.
+    """
+    return max(1, min(len(os.sched_getaffinity(0)), num_tasks, num_bytes // _BYTES_PER_WORKER))
 
 
 def _write(reports: list[dict[str, Any]], file: str) -> None:
