@@ -121,7 +121,10 @@ def test_setting_up_again_does_nothing() -> None:
         pytest.skip("this environment was not made by make setup")
     before = ready.stat().st_mtime_ns
     processes = [
-        subprocess.Popen(["make", "setup"], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+        subprocess.Popen(
+            ["make", "--no-print-directory", "setup"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
     ]
     assert [process.communicate()[0] for process in processes] == ["", ""]
     assert [process.returncode for process in processes] == [0, 0]
