@@ -112,8 +112,7 @@ def shard_jobs(
             if not file.exists():
                 raise UserError(f"{file}: not there, though {INFO_FILE} lists it; this copy is not complete")
             shards.append((split, index, len(lengths), length, source_shard, str(file)))
-    # Of each dataset at least one episode is held out: the first record of its first shard, which growing
-    # keeps.
+    # Of each dataset at least one episode is held out: the first of its first shard, which growing keeps.
     several = sum(length for _, _, _, length, _, _ in shards) > 1
     return [
         ShardJob(

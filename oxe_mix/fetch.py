@@ -47,7 +47,9 @@ class ShardTask:
         if Path(self.target).exists():
             return Path(self.target)
         final = Path(self.final)
-        return max(final.parent.glob(f"{final.name}-of-*"), default=None)
+        return max(
+            final.parent.glob(f"{final.name}-of-*"), key=lambda file: file.stat().st_mtime, default=None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,16 +116,10 @@ def _finished(task: ShardTask) -> ShardReport | None:
     if file is None or not task.note.exists():
         return None
     note = read_json(task.note, "the note of a fetched shard")
-    same = (note.pop("url"), note.pop("of_episodes"), note["episodes"]) == (
-        task.url,
-        task.of_episodes,
-        task.episodes,
-    )
-    return (
-        ShardReport(**{**note, "fetched": False})
-        if same and file.stat().st_size == note["num_bytes"]
-        else None
-    )
+    proved = (note.pop("url"), note.pop("of_episodes"), note["episodes"], note["num_bytes"])
+    if proved != (task.url, task.of_episodes, task.episodes, file.stat().st_size):
+        return None
+    return ShardReport(**{**note, "fetched": False})
 
 
 def note_locked(tasks: list[ShardTask], lock: Lock) -> None:

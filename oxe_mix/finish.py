@@ -71,6 +71,11 @@ def _finish_split(
                 crc32c=report.crc32c,
             )
         )
+    # A grown shard leaves its shorter self behind under the old name, a source cut anew whole old shards.
+    names = {shard.file for shard in shards}
+    for stale in plan.folder(data).glob(f"{plan.source.info.name}-{plan.spec.split}.tfrecord-*"):
+        if stale.name not in names:
+            stale.unlink()
     return LockedSplit(
         split=plan.spec.split,
         episodes=plan.episodes,
@@ -84,10 +89,6 @@ def _rename(task: ShardTask, final: Path) -> None:
     assert newest is not None, f"{task.target} was fetched and is gone"
     if newest != final:
         newest.replace(final)
-    # A grown shard leaves its shorter self behind under the old name.
-    for stale in final.parent.glob(f"{Path(task.final).name}-of-*"):
-        if stale != final:
-            stale.unlink()
 
 
 def _info_split(split: LockedSplit) -> Split:

@@ -20,8 +20,7 @@ FRAME_BYTES = 16  # what a record costs beside its payload
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _MASK_DELTA = 0xA282EAD8
-# A length beyond this is taken for garbage rather than allocated: the longest Open-X episodes are some 100
-# MB.
+# A length beyond this is taken for garbage rather than allocated: the longest episodes are some 100 MB.
 _MAX_PAYLOAD = 1 << 32
 _STRANGERS = (
     (b"version https://git-lfs", "a git-LFS pointer, not the data; run 'git lfs pull' where it came from"),

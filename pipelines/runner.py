@@ -28,8 +28,7 @@ def run_and_collect(
     The graph runs in this process, or in as many worker processes as asked. The runner is named: plain
     DirectRunner in Beam 2.77 first tries to start Prism, which may download a binary.
     """
-    # Beam tells every change of its workers' state at INFO and WARNING; what matters reaches the user as an
-    # exception.
+    # Beam tells every change of its workers' state at INFO and WARNING; what matters comes as an exception.
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     processes = None
     if workers > 1:

@@ -303,7 +303,10 @@ def test_data_that_no_download_wrote_is_left_alone(bucket: Path, tmp_path: Path)
     assert _content(source) == before
 
 
-def test_a_source_that_was_cut_anew_is_not_taken_for_what_is_on_disk(bucket: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_shards", [2, 8])
+def test_a_source_that_was_cut_anew_is_not_taken_for_what_is_on_disk(
+    bucket: Path, tmp_path: Path, num_shards: int
+) -> None:
     """The same records in other shards: growing then fetches all again instead of mixing old and new."""
     source, out = tmp_path / "bucket", tmp_path / "data"
     shutil.copytree(bucket / "viola", source / "viola")
@@ -317,9 +320,11 @@ def test_a_source_that_was_cut_anew_is_not_taken_for_what_is_on_disk(bucket: Pat
         file.unlink()
     from oxe_mix.tfrecord import frame
 
-    lengths = [len(payloads[i::8]) for i in range(8)]
-    for i in range(8):
-        (folder / f"viola-train.tfrecord-{i:05d}-of-00008").write_bytes(b"".join(map(frame, payloads[i::8])))
+    lengths = [len(payloads[i::num_shards]) for i in range(num_shards)]
+    for i in range(num_shards):
+        (folder / f"viola-train.tfrecord-{i:05d}-of-{num_shards:05d}").write_bytes(
+            b"".join(map(frame, payloads[i::num_shards]))
+        )
     info = json.loads((folder / "dataset_info.json").read_text())
     info["splits"][0]["shardLengths"] = [str(n) for n in lengths]
     (folder / "dataset_info.json").write_text(json.dumps(info))

@@ -30,8 +30,7 @@ from train_llava.processor import IGNORE, OneViewProcessor
 
 _END_OF_TURN, _VIDEO = "<|im_end|>", "<video>"
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", _END_OF_TURN, IMAGE, _VIDEO]
-# Turns between <|im_start|> and <|im_end|>, images before the text: the layout of LLaVA-OneVision's Qwen2
-# prompts.
+# Turns between <|im_start|> and <|im_end|>, images before the text, as LLaVA-OneVision's prompts.
 _CHAT_TEMPLATE = (
     "{% for turn in messages %}{{ '<|im_start|>' + turn['role'] + '\n' }}"
     "{% for part in turn['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"

@@ -253,8 +253,7 @@ def main() -> None:
     try:
         prepared = prepare(load_config(args.config), args.llava)
     except UserError as error:
-        # All ranks come to this alike and end in peace; the launcher reads the note and exits 2 with one
-        # line.
+        # All ranks come to this alike and end in peace; the launcher reads the note and exits 2.
         write_json(args.into / ERROR_FILE, {"error": str(error)})
         return
     try:

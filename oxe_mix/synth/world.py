@@ -79,8 +79,7 @@ def draw(scene: Scene, pose: Pose, width: int, height: int, table: tuple[int, in
             [x + 0.22 * cell_w, y + 0.22 * cell_h, x + 0.78 * cell_w, y + 0.78 * cell_h], fill=COLORS[color]
         )
     x, y = pose.cell[0] * cell_w, pose.cell[1] * cell_h
-    # Open jaws stand at the edges of the cell, closed ones touch the block, so the block under them stays in
-    # sight.
+    # Open jaws stand at the edges of the cell, closed ones touch the block, so the block under them shows.
     inset = 0.18 if pose.closed else 0.0
     jaw = 0.12 * cell_w
     for left in (x + inset * cell_w, x + (1 - inset) * cell_w - jaw):
