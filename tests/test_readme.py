@@ -133,13 +133,27 @@ def test_setting_up_again_does_nothing() -> None:
 
 def test_what_the_readme_says_to_fetch_is_what_the_default_mix_asks_for() -> None:
     mix = yaml.safe_load((ROOT / "mixtures/default.yaml").read_text())
-    rows = dict(re.findall(r"^\| (\w+) \| .* \| (0\.\d+) \| .*\|$", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| ([a-z]\w*) \| .* \| (0\.\d+) \| .*\|$", README, re.MULTILINE))
     assert {name: float(fraction) for name, fraction in rows.items()} == {
         spec["name"]: spec["fraction"] for spec in mix["datasets"]
     }
     for name, size, fraction, fetch in re.findall(
-        r"^\| (\w+) \| ([\d.]+) GiB \| ([\d.]+) \| ([\d.]+) GiB", README, re.M
+        r"^\| ([a-z]\w*) \| ([\d.]+) GiB \| ([\d.]+) \| ([\d.]+) GiB", README, re.M
     ):
         card = yaml.safe_load((ROOT / f"oxe_mix/cards/{name}.yaml").read_text())
         assert float(size) == round(card["size_gib"], 1)
         assert float(fetch) == round(card["size_gib"] * float(fraction), 1)
+
+
+def test_the_readmes_scores_are_the_recorded_ones() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/2026-11-21-three-seeds.json").read_text())["seeds"]
+    shown = re.findall(
+        r"^\| (\d) \| (0\.\d+) \| (0\.\d+) \| (0\.\d+) \| (0\.\d+) \| (0\.\d+) \|", README, re.MULTILINE
+    )
+    assert len(shown) == len(recorded) == 3
+    for seed, *figures, ratio in shown:
+        l1 = recorded[seed]["held_out"]["l1"]
+        order = ("model", "shuffled_images", "mean_action", "repeat_last")
+        assert [float(figure) for figure in figures] == [round(l1[name], 3) for name in order]
+        assert float(ratio) == round(l1["model"] / l1["mean_action"], 2) <= 0.6
+        assert l1["shuffled_images"] > l1["mean_action"]

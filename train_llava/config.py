@@ -14,7 +14,7 @@ from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.yaml_files import load_yaml
 
 # Files of a run that the launcher and the ranks both know.
-METRICS_FILE, ERROR_FILE = "metrics.jsonl", ".error.json"
+METRICS_FILE, ERROR_FILE, REHEARSAL = "metrics.jsonl", ".error.json", ".rehearsal-"
 
 Positive = Annotated[int, Field(gt=0)]
 

@@ -14,7 +14,7 @@ from convert.manifest import read_manifest
 from oxe_mix.errors import UserError
 from oxe_mix.files import folder_lock, read_json
 from oxe_mix.text import complain, count, say
-from train_llava.config import ERROR_FILE, METRICS_FILE, load_config
+from train_llava.config import ERROR_FILE, METRICS_FILE, REHEARSAL, load_config
 
 
 def launch(config_file: Path, llava: Path, run: Path | None, num_ranks: int) -> int:
@@ -40,6 +40,8 @@ def launch(config_file: Path, llava: Path, run: Path | None, num_ranks: int) -> 
     with folder_lock(run, "training"):
         for leftover in (run / ERROR_FILE, run / METRICS_FILE):
             leftover.unlink(missing_ok=True)
+        for leftover in run.glob(f"{REHEARSAL}*"):
+            shutil.rmtree(leftover)
         code = subprocess.run(
             _command(config_file, llava, run, num_ranks), env=_environment(num_ranks), check=False
         )
@@ -67,6 +69,8 @@ def _environment(num_ranks: int) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     # A file that happens to lie in the user's folder must not stand in for a package.
     environment["PYTHONSAFEPATH"] = "1"
+    # torch 2.13 warns, in every run, of what DeepSpeed 0.19 calls.
+    environment.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
     cores = len(os.sched_getaffinity(0))
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_ranks)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")

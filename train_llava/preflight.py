@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from oxe_mix.errors import UserError
-from train_llava.config import RunConfig
+from train_llava.config import REHEARSAL, RunConfig
 from train_llava.data import SampleDataset, collate
 from train_llava.model import OneViewLlava, load_checkpoint, save_checkpoint
 from train_llava.processor import IGNORE, OneViewProcessor
@@ -67,7 +67,7 @@ def rehearse_save(
 
     Raises: UserError when the reloaded model answers differently.
     """
-    with tempfile.TemporaryDirectory(dir=run, prefix=".rehearsal-") as folder:
+    with tempfile.TemporaryDirectory(dir=run, prefix=REHEARSAL) as folder:
         save_checkpoint(Path(folder), model, processor)
         reloaded, _ = load_checkpoint(folder)
     inputs = {key: batch[key] for key in ("input_ids", "pixel_values", "attention_mask")}
