@@ -120,7 +120,10 @@ def _with_card_names(mix: Mix, cards: Cards, file: Path) -> Mix:
             card = cards.get(spec.name)
         except UserError as error:
             raise UserError(f"{file}: datasets.{i}.name: {error}") from error
-        specs.append(spec.model_copy(update={"name": card.name, "source": spec.source or card.source}))
+        # A card's own address stands for a dataset that the Open-X bucket does not hold; another bucket may
+        # hold it.
+        elsewhere = card.source if mix.source == OPEN_X_BUCKET else None
+        specs.append(spec.model_copy(update={"name": card.name, "source": spec.source or elsewhere}))
     return Mix.model_validate({**mix.model_dump(), "datasets": [spec.model_dump() for spec in specs]})
 
 

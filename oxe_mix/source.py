@@ -48,7 +48,8 @@ def open_dataset(source: str, card: Card, version: str) -> SourceDataset:
             return SourceDataset(
                 folder, info, features_text, parse_features(features_text, f"{folder}/{FEATURES_FILE}")
             )
-    raise UserError(f"{card.name} {version}: no {INFO_FILE} in {' or '.join(folders)}; is --source right?")
+    where = " or ".join(folders)
+    raise UserError(f"{card.name} {version}: no {INFO_FILE} in {where}; is --source right and within reach?")
 
 
 def open_stream(url: str) -> BinaryIO:

@@ -47,7 +47,7 @@ def test_what_is_not_there_is_one_line_and_exit_2(bucket: Path, data: Path, tmp_
     assert "no such file here or in mixtures/" in _one_line(OXE_MIX, "download", "--mix", "demmo.yaml", *out)
     said = _one_line(OXE_MIX, "download", "--mix", mix, "--source", tmp_path / "nowhere", *out)
     assert "viola 0.1.0: no dataset_info.json in" in said
-    assert "is --source right?" in said
+    assert "is --source right and within reach?" in said
     assert "no such folder" in _one_line(OXE_MIX, "convert", "--data", tmp_path / "nowhere", *out)
     (tmp_path / "empty").mkdir()
     said = _one_line(OXE_MIX, "convert", "--mix", mix, "--data", tmp_path / "empty", *out)

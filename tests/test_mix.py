@@ -102,6 +102,13 @@ def test_the_default_mix_has_the_fractions_of_the_facts(cards: Cards, shared: Pa
     }
 
 
+def test_a_cards_own_address_is_for_the_open_x_bucket_alone(tmp_path: Path, cards: Cards) -> None:
+    file = tmp_path / "mix.yaml"
+    file.write_text(GOOD.replace("name: mine", "name: mine\nsource: /my/bucket"))
+    mix = load_mix(file, cards)
+    assert {mix.source_of(spec) for spec in mix.datasets} == {"/my/bucket"}
+
+
 def test_one_source_for_all_wins_over_each_datasets_own(tmp_path: Path, cards: Cards) -> None:
     file = tmp_path / "mix.yaml"
     file.write_text(GOOD)
