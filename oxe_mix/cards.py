@@ -162,7 +162,6 @@ class Cards:
     """Cards by name and alias."""
 
     def __init__(self, cards: list[Card], files: dict[str, Path]) -> None:
-        self.by_name = {card.name: card for card in cards}
         self._any_name = {name: card for card in cards for name in card.names}
         self._files = files
 

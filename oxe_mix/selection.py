@@ -16,11 +16,6 @@ class Pick:
     num_episodes: int
     of_episodes: int
 
-    @property
-    def whole(self) -> bool:
-        """Whether the shard is taken as it is."""
-        return self.num_episodes == self.of_episodes
-
 
 def num_kept(num_episodes: int, fraction: float) -> int:
     """Episodes that a fraction keeps: Python's round, at least one."""

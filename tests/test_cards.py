@@ -139,4 +139,4 @@ def test_ones_own_cards_come_on_top(tmp_path: Path) -> None:
     (tmp_path / "my_robot.yaml").write_text(yaml.safe_dump({**card, "name": "my_robot"}))
     own = load_cards(tmp_path)
     assert own.get("my_robot").robot == "Franka"
-    assert set(DATASETS) < set(own.by_name)
+    assert all(own.find(name) for name in DATASETS)

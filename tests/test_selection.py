@@ -42,7 +42,7 @@ def test_a_smaller_fraction_is_a_prefix_of_a_larger_one(
 @given(lengths, fractions, st.integers(0, 5))
 def test_all_shards_but_the_last_are_whole(shard_lengths: list[int], fraction: float, seed: int) -> None:
     picks = select(INFO, Split("train", tuple(shard_lengths), 0), fraction, seed)
-    assert all(pick.whole for pick in picks[:-1])
+    assert all(pick.num_episodes == pick.of_episodes for pick in picks[:-1])
     assert all(pick.num_episodes > 0 for pick in picks)
 
 
