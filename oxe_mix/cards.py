@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from oxe_mix.errors import UserError, did_you_mean
+from oxe_mix.mods import Mod
 from oxe_mix.rlds import SAFE_NAME, Key
 from oxe_mix.yaml_files import Loc, line_of, load_yaml
 
@@ -118,6 +119,8 @@ class Card(_Strict):
     aliases: tuple[FolderName, ...] = ()
     version: FolderName
     source: str | None = None  # only where it is not in the mix's bucket
+    public: bool = True  # false: no public address is known, a mix has to name a copy
+    tree: FolderName | None = None  # its shipped feature tree, where that is not called as the card is
     robot: str
     control_hz: float | None  # null: unknown
     license: str  # of the data; "unknown" where no source states it
@@ -132,7 +135,7 @@ class Card(_Strict):
     ]  # decides what stands past an episode's end when answers are chunks
     language: Language
     normalise_mask: tuple[bool, ...]
-    mods: tuple[str, ...] = ()  # advice: applied only when a mix asks for them
+    mods: tuple[Mod, ...] = ()  # advice: applied only when a mix asks for them
     notes: tuple[str, ...] = ()
     defects: tuple[Defect, ...] = ()
 
