@@ -11,6 +11,8 @@ from oxe_mix.cards import Card, Cards
 from oxe_mix.errors import UserError
 from oxe_mix.lock import LOCK_FILE, Lock, read_lock
 from oxe_mix.mix import DatasetSpec, Mix
+from oxe_mix.mods import Mod
+from oxe_mix.record_mods import RecordMods, resolve
 from oxe_mix.rlds import FEATURES_FILE, INFO_FILE, DatasetInfo, parse_dataset_info, parse_features
 
 
@@ -23,6 +25,7 @@ class DatasetOnDisk:
     info: DatasetInfo
     splits: tuple[str, ...]
     weight: float
+    mods: RecordMods  # of the mix; what a download applied already is not among them
 
 
 def read_finished_lock(data: Path) -> Lock | None:
@@ -33,7 +36,7 @@ def read_finished_lock(data: Path) -> Lock | None:
     return lock
 
 
-def find_datasets(data: Path, mix: Mix | None, cards: Cards) -> list[DatasetOnDisk]:
+def find_datasets(data: Path, mix: Mix | None, lock: Lock | None, cards: Cards) -> list[DatasetOnDisk]:
     """The datasets of a mix in a data folder, or every one with a card when there is no mix.
 
     Raises: UserError when the folder or one of the mix's datasets is not there, or a card does not fit the
@@ -51,7 +54,12 @@ def find_datasets(data: Path, mix: Mix | None, cards: Cards) -> list[DatasetOnDi
         raise UserError(
             f"{data}: holds {what}; missing: {', '.join(missing)}; run oxe-mix download, or mend --data"
         )
-    return [_read(name, folder, specs, cards) for name, folder in folders.items() if folder is not None]
+    applied = {spec.name: lock.mods_of(spec.name) if lock else () for spec in specs}
+    return [
+        _read(folder, [spec for spec in specs if spec.name == name], cards, applied[name])
+        for name, folder in folders.items()
+        if folder is not None
+    ]
 
 
 def _everything(data: Path, cards: Cards) -> list[DatasetSpec]:
@@ -79,19 +87,33 @@ def _folder(data: Path, card: Card, version: str) -> Path | None:
     return found[0] if found else None
 
 
-def _read(name: str, folder: Path, specs: list[DatasetSpec], cards: Cards) -> DatasetOnDisk:
-    card = cards.get(name)
+def _read(folder: Path, own: list[DatasetSpec], cards: Cards, applied: tuple[Mod, ...]) -> DatasetOnDisk:
+    card = cards.get(own[0].name)
     info = parse_dataset_info((folder / INFO_FILE).read_text(), str(folder / INFO_FILE))
     features = folder / FEATURES_FILE
     if not features.exists():
-        raise UserError(f"{features}: no such file; this copy of {name} is not complete")
+        raise UserError(f"{features}: no such file; this copy of {card.name} is not complete")
     tree = parse_features(features.read_text(), str(features))
     check_fits(card, cards.file_of(card), tree, str(features))
-    own = [spec for spec in specs if spec.name == name]
     for spec in own:
         if spec.split not in info.splits:
             raise UserError(f"{folder}: no split {spec.split!r}; it has: {', '.join(info.splits)}")
-    return DatasetOnDisk(card, folder, info, tuple(spec.split for spec in own), own[0].weight)
+    mods = resolve(_left(own[0].mods, applied, folder), tree, str(features))
+    return DatasetOnDisk(card, folder, info, tuple(spec.split for spec in own), own[0].weight, mods)
+
+
+def _left(asked: tuple[Mod, ...], applied: tuple[Mod, ...], folder: Path) -> tuple[Mod, ...]:
+    """The mods that are still to be applied.
+
+    Raises: UserError when the download applied one that this mix does not ask for: it cannot be undone.
+    """
+    undone = [mod for mod in applied if mod not in asked]
+    if undone:
+        raise UserError(
+            f"{folder}: was downloaded with mod {undone[0]}, which this mix does not have; "
+            "add it to the mix, or download again into another folder"
+        )
+    return tuple(mod for mod in asked if mod not in applied)
 
 
 def shard_jobs(
@@ -127,6 +149,7 @@ def shard_jobs(
             seed=seed,
             held_out_below=val_fraction,
             holds_out_first=several and val_fraction > 0 and (split, index) == shards[0][:2],
+            mods=dataset.mods,
         )
         for split, index, num_shards, length, source_shard, file in shards
     ]

@@ -24,11 +24,12 @@ from convert.statistics import action_stats
 from oxe_mix.cards import Card
 from oxe_mix.errors import UserError
 from oxe_mix.files import atomic_write, read_model, write_json
+from oxe_mix.record_mods import RecordMods
 from oxe_mix.rlds import FEATURES_FILE, Episode, parse_features
 from oxe_mix.selection import uniform_hash
 from oxe_mix.tfrecord import read_records
 
-NO_INSTRUCTION, TOO_SHORT, RECIPE = "no_instruction", "too_short", "recipe"
+NO_INSTRUCTION, TOO_SHORT, RECIPE, FILTERED = "no_instruction", "too_short", "recipe", "filtered_by_mods"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class ShardJob:
     seed: int
     held_out_below: float  # an episode is held out when its hash is below this
     holds_out_first: bool  # and the first one whatever its hash
+    mods: RecordMods = field(default_factory=RecordMods)  # the mix's, where the download did not apply them
 
     @property
     def stem(self) -> str:
@@ -78,14 +80,17 @@ def collect_actions(job: ShardJob, folder: Path) -> str:
 
     Raises: UserError for a damaged shard or record, with its number.
     """
-    actions, num_trajectories = [np.zeros((0, job.card.action.dims), np.float32)], 0
-    for episode in _episodes(job):
-        with _placed(job, num_trajectories):
-            actions.append(standardize(episode, job.card))
-        num_trajectories += 1
-    if num_trajectories != job.num_episodes:
+    actions, num_records, num_trajectories = [np.zeros((0, job.card.action.dims), np.float32)], 0, 0
+    # Frames are not read here, so of the mods only the filters count.
+    for number, (episode, kept) in enumerate(_episodes(job, job.mods.filters)):
+        num_records = number + 1
+        if kept:
+            with _placed(job, number):
+                actions.append(standardize(episode, job.card))
+            num_trajectories += 1
+    if num_records != job.num_episodes:
         raise UserError(
-            f"{job.file}: holds {num_trajectories} episodes, dataset_info.json says {job.num_episodes}"
+            f"{job.file}: holds {num_records} episodes, dataset_info.json says {job.num_episodes}"
         )
     file = folder / f"{job.stem}.npz"
     with atomic_write(file) as stream:
@@ -129,7 +134,11 @@ def convert_shard(job: ShardJob, stats: ActionStats) -> ShardCounts:
     output = _Output(job, stats, images, counts)
     train, held_out = (out / folder / f"{job.stem}.jsonl" for folder in (CONVERSATIONS, VALIDATION))
     with atomic_write(train) as train_lines, atomic_write(held_out) as val_lines:
-        for number, episode in enumerate(_episodes(job)):
+        for number, (episode, kept) in enumerate(_episodes(job, job.mods)):
+            if not kept:
+                counts.episodes.update(["in", FILTERED])
+                counts.steps.update({"in": episode.num_steps, FILTERED: episode.num_steps})
+                continue
             with _placed(job, number):
                 trajectory = read_trajectory(episode, job.card)
                 kind = _count(trajectory, counts, held_out=job.holds_out(number))
@@ -179,14 +188,16 @@ class _Output:
             lines.write(json_line(conversation(place, image, trajectory.instruction(t), bins[t])))
 
 
-def _episodes(job: ShardJob) -> Iterator[Episode]:
+def _episodes(job: ShardJob, mods: RecordMods) -> Iterator[tuple[Episode, bool]]:
+    """The episodes of a shard after the mods, and whether these keep it."""
     features = Path(job.file).parent / FEATURES_FILE
     tree = parse_features(features.read_text(), str(features))
     with Path(job.file).open("rb") as stream:
         for number, record in enumerate(read_records(stream, job.file)):
             with _placed(job, number):
-                episode = Episode(record.payload, tree)
-            yield episode
+                payload = mods.apply(record.payload) if mods else record.payload
+                episode = Episode(record.payload if payload is None else payload, tree)
+            yield episode, payload is not None
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from convert.shards import ShardCounts, ShardJob, read_stats
 from convert.statistics import STATISTICS_FILE, openvla_layout
 from oxe_mix import __version__
 from oxe_mix.cards import load_cards
+from oxe_mix.engine import Engine
 from oxe_mix.errors import UserError
 from oxe_mix.files import BUSY_FILE, atomic_write, folder_lock, sweep, write_json
 from oxe_mix.lock import LOCK_FILE
 from oxe_mix.mix import Mix, load_mix
-from oxe_mix.progress import progress
+from oxe_mix.progress import Goal, Sample, progress
 from oxe_mix.text import complain, count, say, size, table
 
 _PARTIAL = ".partial"
@@ -71,8 +72,8 @@ def run_convert(options: ConvertOptions) -> int:
         sweep(out)
         scratch.mkdir(exist_ok=True)
         total = len(run.jobs)
-        with progress("convert", "passes over shards", 2 * total, _passes_done(run, time.time())):
-            counts, failures = convert_all(run.jobs, scratch, options.workers)
+        with progress(Goal("convert", "shard reading", 2 * total), _passes_done(run, time.time())):
+            counts, failures = convert_all(run.jobs, scratch, Engine(workers=options.workers))
         if failures:
             complain("\n".join(failures))
             say(f"{len(counts)} of {count(total, 'shard')} converted; {out} is no result yet")
@@ -95,7 +96,7 @@ def _resolve(options: ConvertOptions) -> _Run:
     cards = load_cards(options.cards)
     lock = read_finished_lock(options.data) if options.data.is_dir() else None
     mix = load_mix(options.mix, cards) if options.mix is not None else (lock.mix if lock else None)
-    datasets = find_datasets(options.data, mix, cards)
+    datasets = find_datasets(options.data, mix, lock, cards)
     widths = {dataset.card.action.dims for dataset in datasets}
     if len(widths) > 1:
         raise UserError(
@@ -106,14 +107,14 @@ def _resolve(options: ConvertOptions) -> _Run:
     return _Run(options, mix, datasets, jobs)
 
 
-def _passes_done(run: _Run, start: float) -> Callable[[], int]:
+def _passes_done(run: _Run, start: float) -> Callable[[], Sample]:
     """Counts the shards that have been read once and those that have been read twice since `start`."""
     out = run.options.out
     once = [out / _PARTIAL / f"{job.stem}.npz" for job in run.jobs]
     twice = [out / CONVERSATIONS / f"{job.stem}.jsonl" for job in run.jobs]
 
-    def done() -> int:
-        return sum(file.exists() and file.stat().st_mtime >= start for file in (*once, *twice))
+    def done() -> Sample:
+        return Sample(sum(file.exists() and file.stat().st_mtime >= start for file in (*once, *twice)))
 
     return done
 

@@ -8,6 +8,7 @@ when that is at hand. Both kinds of fault are reported with the card's file and 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -126,6 +127,7 @@ class Card(_Strict):
     license: str  # of the data; "unknown" where no source states it
     episodes: dict[str, int] = {}  # per split, as the catalog lists them
     size_gib: float | None = None
+    steps: int | None = None  # of all splits together, where someone counted them
     cameras: Cameras
     depth: Cameras = Cameras()
     state: State
@@ -167,6 +169,11 @@ class Cards:
     def __init__(self, cards: list[Card], files: dict[str, Path]) -> None:
         self._any_name = {name: card for card in cards for name in card.names}
         self._files = files
+
+    def __iter__(self) -> Iterator[Card]:
+        """Every card once, by name."""
+        one_each = {card.name: card for card in self._any_name.values()}
+        return iter(sorted(one_each.values(), key=lambda card: card.name))
 
     def get(self, name: str) -> Card:
         """The card of a dataset, by its name or an alias.

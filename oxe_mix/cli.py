@@ -21,32 +21,61 @@ app = typer.Typer(
     help="Open X-Embodiment fractions in, a vision-language-action model out.",
 )
 
+mix_app = typer.Typer(no_args_is_help=True, help="Mixes: which datasets, and how much of each.")
+app.add_typer(mix_app, name="mix")
+
 Mix = Annotated[Path, typer.Option(help="Mix file; a bare name is looked up in mixtures/.")]
 CardsFolder = Annotated[Path | None, typer.Option("--cards", help="Folder with your own dataset cards.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Worker processes; if not given, as many as the data is worth.")
+]
+Runner = Annotated[str, typer.Option(help="Where Beam runs: local, or a Beam runner, its options after --.")]
+BeamOptions = Annotated[
+    list[str] | None, typer.Argument(help="Beam's own options, after --.", metavar="BEAM")
 ]
 
 
 @app.command()
 def download(
     mix: Mix,
-    out: Annotated[Path, typer.Option(help="Folder for the datasets and their lock.")] = Path("data"),
+    out: Annotated[str, typer.Option(help="Folder, or gs:// address, for the datasets.")] = "data",
     source: Annotated[
-        str | None, typer.Option(help="Read all datasets from here, whatever the mix says.")
+        list[str] | None,
+        typer.Option(help="Read all datasets from here, whatever the mix says. Again: a mirror behind it."),
+    ] = None,
+    max_gb: Annotated[
+        float | None, typer.Option(min=0, help="Scale all fractions down, so that it is at most this.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only read metadata and print the plan.")
     ] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Shards in flight at most.")] = 8,
+    retries: Annotated[int, typer.Option(min=0, help="Tries in a row that may bring nothing.")] = 6,
+    stall: Annotated[float, typer.Option(min=0.1, help="Seconds of silence before a new try.")] = 30.0,
     cards: CardsFolder = None,
     workers: Workers = None,
+    runner: Runner = "local",
+    as_json: AsJson = False,
+    beam_options: BeamOptions = None,
 ) -> None:
     """Fetch the fraction of each dataset that a mix asks for, record by record proved, as valid RLDS."""
-    from oxe_mix.stage1 import run_download
+    from oxe_mix.engine import Engine
+    from oxe_mix.source_file import Patience
+    from oxe_mix.stage1 import DownloadOptions, run_download
 
-    raise typer.Exit(
-        run_download(mix, out, source=source, dry_run=dry_run, cards_folder=cards, workers=workers)
+    options = DownloadOptions(
+        mix=mix,
+        out=out,
+        sources=tuple(source or ()),
+        max_gb=max_gb,
+        dry_run=dry_run,
+        cards=cards,
+        jobs=jobs,
+        patience=Patience(retries, stall),
+        json=as_json,
     )
+    raise typer.Exit(run_download(options, Engine(runner, workers, tuple(beam_options or ()))))
 
 
 @app.command()
@@ -85,6 +114,30 @@ def synth(
     from oxe_mix.synth.bucket import run_synth
 
     raise typer.Exit(run_synth(out, episodes=episodes, seed=seed, workers=workers))
+
+
+@app.command()
+def datasets(
+    name: Annotated[str | None, typer.Argument(help="One dataset, by its name or an alias.")] = None,
+    as_json: AsJson = False,
+    cards: CardsFolder = None,
+) -> None:
+    """List the datasets, or show one in full: what its numbers mean and what is known to be wrong with it."""
+    from oxe_mix.catalog import run_datasets
+
+    raise typer.Exit(run_datasets(name, cards, as_json))
+
+
+@mix_app.command()
+def check(
+    mix: Annotated[Path, typer.Argument(help="Mix file; a bare name is looked up in mixtures/.")],
+    as_json: AsJson = False,
+    cards: CardsFolder = None,
+) -> None:
+    """Check a mix against the cards and the datasets' feature trees, without any network."""
+    from oxe_mix.mix_check import run_mix_check
+
+    raise typer.Exit(run_mix_check(mix, cards, as_json))
 
 
 @app.callback(invoke_without_command=True)

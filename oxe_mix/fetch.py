@@ -1,149 +1,232 @@
 """One shard, fetched and proved record by record: the whole work of one element of stage 1's Beam graph.
 
-A shard is fetched into DATA/.partial under its place in the permutation, with a note of what was proved about
-it. A kill at any moment leaves files with notes, which the next run trusts, or temporary files, which it does
-not.
+Bytes go into a `.part` file in the target's workspace. Whatever ends an attempt, what is there is read back
+to its last whole record, and the next attempt asks the source for the bytes behind that. A finished shard
+gets a note of what was proved about it, which the next run trusts until the lock has it.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
-import google_crc32c
-
 from oxe_mix.errors import UserError
-from oxe_mix.files import atomic_write, read_json, write_json
-from oxe_mix.lock import Lock
-from oxe_mix.source import file_size, open_stream, transport_errors
-from oxe_mix.tfrecord import TFRecordError, read_records
+from oxe_mix.files import read_json, write_json
+from oxe_mix.shards import PARTIAL, ShardReport, ShardTask
+from oxe_mix.source_file import (
+    CHUNK,
+    Patience,
+    SourceError,
+    SourceFile,
+    TransientError,
+    crc32c_check,
+    pause,
+    scheme,
+)
+from oxe_mix.target import open_target, writing
+from oxe_mix.text import count
+from oxe_mix.tfrecord import RecordScanner, TFRecordError, frame, read_records
+from oxe_mix.transport import open_range
 
-PARTIAL = ".partial"
+RETRIES_LOG = f"{PARTIAL}/retries.log"
+# A shard that is taken in part is asked for in ranges: what its episodes should weigh and a little more.
+_MARGIN = 1.05
+_DAMAGE_RETRIES = 2
 
 
-@dataclass(frozen=True, slots=True)
-class ShardTask:
-    """One source shard to fetch: what flows through Beam. Paths and addresses are text, small and
-    picklable.
+def fetch_shard(task: ShardTask, patience: Patience) -> ShardReport:
+    """Fetch one shard, prove every record on the way, apply the mods, and put it in its place to wait.
+
+    Raises: SourceError when no copy of the shard can be had, TFRecordError when it is damaged, both with its
+        address; TargetError when the target cannot be written.
     """
-
-    dataset: str
-    split: str
-    index: int  # place in the permutation, and so the number of the output shard
-    url: str
-    source_shard: int
-    episodes: int
-    of_episodes: int
-    target: str  # where it is fetched to
-    final: str  # its file name in the dataset's folder, up to the number of shards
-
-    @property
-    def note(self) -> Path:
-        """Where the proof of a fetched shard is kept until the lock has it."""
-        return Path(f"{self.target}.json")
-
-    def on_disk(self) -> Path | None:
-        """The newest whole file of this shard: just fetched, or already named as a shard of 3, of 5, …"""
-        if Path(self.target).exists():
-            return Path(self.target)
-        final = Path(self.final)
-        return max(
-            final.parent.glob(f"{final.name}-of-*"), key=lambda file: file.stat().st_mtime, default=None
+    target = open_target(task.out)
+    folder, _, stem = task.name.rpartition("/")
+    with target.workspace(folder) as workspace, writing(task.out):
+        work = _Work(task, patience, workspace / f"{stem}.part")
+        scanner = work.fetch()
+        file = work.file
+        if task.mods:
+            file = work.file.with_suffix(".modded")
+            scanner = _apply_mods(task, work.file, file)
+        report = ShardReport(
+            dataset=task.dataset,
+            split=task.split,
+            index=task.index,
+            taken=task.episodes,
+            episodes=scanner.num_records,
+            num_bytes=scanner.end,
+            crc32c=f"{scanner.crc:08x}",
+            source=work.seen,
+            fetched_bytes=work.fetched_bytes,
+            retries=work.retries,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class ShardReport:
-    """A fetched shard: the file's size and checksum."""
-
-    dataset: str
-    split: str
-    index: int
-    episodes: int
-    num_bytes: int
-    crc32c: str
-    fetched: bool = True  # False: it was already there and proved
-
-
-def fetch_shard(task: ShardTask) -> ShardReport:
-    """Fetch one shard, prove every record on the way, and put it in place under its temporary home.
-
-    A shard that an earlier run finished is not fetched again.
-
-    Raises: UserError when the shard is not there or is damaged, with its address, the record and the offset.
-    """
-    target = Path(task.target)
-    done = _finished(task)
-    if done:
-        return done
-    crc, num_bytes, episodes = google_crc32c.Checksum(), 0, 0
-    try:
-        with open_stream(task.url) as stream, atomic_write(target) as out:
-            for record in read_records(stream, task.url):
-                out.write(record.framed)
-                crc.update(record.framed)
-                num_bytes += len(record.framed)
-                episodes += 1
-                # Of a shard that is taken in part nothing beyond the last record asked for is read.
-                if episodes == task.episodes < task.of_episodes:
-                    break
-            _prove_count(task, episodes, num_bytes)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{task.url}: not there, though dataset_info.json lists it; the source is not complete"
-        ) from error
-    except transport_errors() as error:
-        raise UserError(f"{task.url}: not fetched ({type(error).__name__}: {error})") from error
-    report = ShardReport(task.dataset, task.split, task.index, episodes, num_bytes, crc.hexdigest().decode())
-    _write_note(task, report)
+        # The note first: a kill between the two leaves a whole part, which costs one reading to prove again.
+        target.write(task.note, json.dumps({**task.identity, "report": asdict(report)}).encode())
+        target.place(file, task.name)
+        work.clean_up()
     return report
 
 
-def _prove_count(task: ShardTask, episodes: int, num_bytes: int) -> None:
-    if episodes != task.episodes:
-        raise TFRecordError(
-            f"{task.url}: holds {episodes} records, dataset_info.json says {task.of_episodes}"
-        )
-    if task.episodes == task.of_episodes and (size := file_size(task.url)) != num_bytes:
-        raise TFRecordError(
-            f"{task.url}: {size:,} bytes long, its records come to {num_bytes:,}; fetch it again"
-        )
+class _Work:
+    """The attempts at one shard. `seen` is what the source says of the file that the part comes from."""
 
+    def __init__(self, task: ShardTask, patience: Patience, file: Path) -> None:
+        self._task = task
+        self._patience = patience
+        self._origin = file.with_suffix(".origin")
+        self.file = file
+        self.seen = task.expected
+        self.fetched_bytes = 0
+        self.retries = 0
 
-def _finished(task: ShardTask) -> ShardReport | None:
-    """The report of a shard that is already on disk and proved, None when it must be fetched."""
-    file = task.on_disk()
-    if file is None or not task.note.exists():
-        return None
-    note = read_json(task.note, "the note of a fetched shard")
-    proved = (note.pop("url"), note.pop("of_episodes"), note["episodes"], note["num_bytes"])
-    if proved != (task.url, task.of_episodes, task.episodes, file.stat().st_size):
-        return None
-    return ShardReport(**{**note, "fetched": False})
+    def fetch(self) -> RecordScanner:
+        """The whole of what was asked for, from the first copy that has it."""
+        problems: list[UserError] = []
+        for url in self._task.urls:
+            try:
+                return self._fetch_from(url)
+            except (SourceError, TFRecordError) as error:
+                problems.append(error)
+        if len(problems) == 1:
+            raise problems[0]
+        raise SourceError("; ".join(map(str, problems)))
 
+    def clean_up(self) -> None:
+        """Remove what only unfinished shards need."""
+        self.file.unlink(missing_ok=True)
+        self._origin.unlink(missing_ok=True)
 
-def note_locked(tasks: list[ShardTask], lock: Lock) -> None:
-    """Note what a finished download already holds, so that growing or mending it fetches only the
-    difference.
-    """
-    locked = {
-        (d.name, s.split, i): shard
-        for d in lock.datasets
-        for s in d.splits
-        for i, shard in enumerate(s.shards)
-    }
-    for task in tasks:
-        shard = locked.get((task.dataset, task.split, task.index))
-        if shard is None or task.note.exists():
-            continue
-        # The same shard of the same layout: a source that was cut anew since has other names and lengths.
-        before = (shard.source_file, shard.of_episodes)
-        if before == (task.url.rsplit("/", 1)[-1], task.of_episodes):
-            report = ShardReport(
-                task.dataset, task.split, task.index, shard.episodes, shard.num_bytes, shard.crc32c
+    def _fetch_from(self, url: str) -> RecordScanner:
+        failures = 0
+        while True:
+            scanner = self._resume(url)
+            start = scanner.end
+            try:
+                self._attempt(url, scanner)
+                return scanner
+            except (TransientError, TFRecordError) as error:
+                failures = 1 if scanner.end > start else failures + 1
+                if failures > self._tries(url, error):
+                    raise self._given_up(url, error) from error
+                self._log_retry(url, error)
+                pause(failures, error if isinstance(error, TransientError) else TransientError(str(error)))
+
+    def _tries(self, url: str, error: Exception) -> int:
+        if isinstance(error, TransientError):
+            return self._patience.retries
+        # Damage on the way passes, damage at the source stays.
+        return 0 if scheme(url) == "file" else min(_DAMAGE_RETRIES, self._patience.retries)
+
+    def _given_up(self, url: str, error: Exception) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        return SourceError(f"{url}: not fetched: {error} ({count(self._patience.retries, 'more try')})")
+
+    def _resume(self, url: str) -> RecordScanner:
+        """What earlier attempts and runs left of the shard, up to its last whole record."""
+        task, scanner = self._task, RecordScanner(url, self._task.episodes)
+        if task.prefix is not None and not self.file.exists():
+            with open_target(task.out).open(task.prefix) as old, self.file.open("wb") as new:
+                shutil.copyfileobj(old, new, CHUNK)
+        if not self.file.exists():
+            return scanner
+        if self._origin.exists():
+            self.seen = SourceFile(**read_json(self._origin, "what a source said of a file"))
+        with self.file.open("rb") as stream, suppress(TFRecordError):
+            while not scanner.full and (chunk := stream.read(CHUNK)):
+                scanner.feed(chunk)
+        scanner.rewind()
+        os.truncate(self.file, scanner.end)
+        return scanner
+
+    def _attempt(self, url: str, scanner: RecordScanner) -> None:
+        """Fetch from where the part ends to the last record asked for.
+
+        Raises: TransientError or TFRecordError; the part is then to be resumed.
+        """
+        whole = self._task.episodes == self._task.of_episodes
+        with self.file.open("ab") as out:
+            while not scanner.full:
+                start = out.tell()
+                end = None if whole else self._range_end(start, scanner)
+                with open_range(url, start, end, self._patience.stall_s) as stream:
+                    self._prove_same(url, stream.file)
+                    for chunk in stream.chunks:
+                        used = scanner.feed(chunk)
+                        out.write(chunk if used == len(chunk) else chunk[:used])
+                        self.fetched_bytes += used
+                        if used < len(chunk) or (scanner.full and not whole):
+                            break
+                if out.tell() == start:
+                    break
+        scanner.close()
+        self._prove(url, scanner, whole=whole)
+
+    def _range_end(self, start: int, scanner: RecordScanner) -> int:
+        """Where the next range of a shard that is taken in part ends."""
+        task = self._task
+        left = task.estimated_bytes * (task.episodes - scanner.num_records) / task.episodes
+        return start + max(CHUNK, round(left * _MARGIN))
+
+    def _prove_same(self, url: str, file: SourceFile) -> None:
+        """All attempts and runs must see one and the same file."""
+        if not file.differs(self.seen):
+            self.seen = SourceFile(
+                file.size if self.seen.size is None else self.seen.size, self.seen.check or file.check
             )
-            _write_note(task, report)
+            if not self._origin.exists():
+                write_json(self._origin, asdict(self.seen))
+            return
+        was, now = self.seen, file
+        self.clean_up()
+        self.seen = self._task.expected
+        if now.differs(self._task.expected):
+            raise SourceError(
+                f"{url}: changed at the source: was {was}, is {now}; run again, into another --out"
+            )
+        raise TransientError(f"changed at the source since the last run: was {was}, is {now}; starting anew")
+
+    def _prove(self, url: str, scanner: RecordScanner, *, whole: bool) -> None:
+        """All records asked for are there, and of a shard taken whole nothing else is."""
+        says = f"dataset_info.json says {self._task.of_episodes}"
+        if not scanner.full:
+            raise TFRecordError(f"{url}: holds {scanner.num_records} records, {says}")
+        if not whole:
+            return
+        seen = self.seen
+        if seen.size is not None and seen.size != scanner.end:
+            raise TFRecordError(
+                f"{url}: {seen.size:,} bytes long, its {scanner.num_records} records come to "
+                f"{scanner.end:,}; {says}"
+            )
+        crc = crc32c_check(scanner.crc)
+        if seen.differs(SourceFile(check=crc)):
+            self.clean_up()
+            raise TFRecordError(
+                f"{url}: its bytes come to {crc}, the bucket says {seen.check}; fetch it again"
+            )
+
+    def _log_retry(self, url: str, error: Exception) -> None:
+        self.retries += 1
+        open_target(self._task.out).append(RETRIES_LOG, f"{url}: {error}\n")
 
 
-def _write_note(task: ShardTask, report: ShardReport) -> None:
-    write_json(task.note, {"url": task.url, "of_episodes": task.of_episodes, **asdict(report)})
+def _apply_mods(task: ShardTask, raw: Path, modded: Path) -> RecordScanner:
+    """Write what the mods leave of a raw shard; returns a scanner that saw the result."""
+    scanner = RecordScanner(str(modded))
+    with raw.open("rb") as stream, modded.open("wb") as out:
+        for number, record in enumerate(read_records(stream, str(raw))):
+            try:
+                payload = task.mods.apply(record.payload)
+            except ValueError as error:
+                raise TFRecordError(f"{task.urls[0]}: record {number}: {error}") from error
+            if payload is not None:
+                framed = record.framed if payload is record.payload else frame(payload)
+                scanner.feed(framed)
+                out.write(framed)
+    return scanner

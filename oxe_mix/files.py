@@ -36,6 +36,12 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
 def sweep(*folders: Path) -> None:
     """Remove what a killed `atomic_write` left in these folders; only for who holds their lock."""
     for folder in folders:
@@ -43,30 +49,49 @@ def sweep(*folders: Path) -> None:
             temporary.unlink()
 
 
+def json_bytes(value: Any) -> bytes:
+    """JSON that reads well and is the same bytes for the same value."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that reads well and is the same bytes for the same value."""
+    """Write a JSON file, whole or not at all."""
     with atomic_write(path) as stream:
-        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+        stream.write(json_bytes(value))
 
 
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file; a missing or broken one is the user's error, named as `what`."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; expected {what}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); expected {what}") from error
+    return _parse_json(_read(path, what), str(path), what)
 
 
 def read_model(kind: type[Model], file: Path, what: str) -> Model:
     """Read one of our own JSON files; one that was edited or is of another version is the user's error."""
+    return parse_model(kind, _read(file, what), str(file), what)
+
+
+def parse_model(kind: type[Model], text: bytes, where: str, what: str) -> Model:
+    """The same for a file that was read already and that messages call `where`."""
     try:
-        return kind.model_validate(read_json(file, what))
+        return kind.model_validate(_parse_json(text, where, what))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
-        raise UserError(f"{file}: {place}: {first['msg']}; expected {what}") from error
+        raise UserError(f"{where}: {place}: {first['msg']}; expected {what}") from error
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; expected {what}") from error
+
+
+def _parse_json(text: bytes, where: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); expected {what}") from error
 
 
 @contextmanager

@@ -7,104 +7,122 @@ changes. Safe to repeat: whatever part of it was done before a kill is found don
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
-from oxe_mix.fetch import PARTIAL, ShardReport, ShardTask
-from oxe_mix.files import atomic_write, sweep, write_json
+from oxe_mix.errors import UserError
+from oxe_mix.files import json_bytes
 from oxe_mix.lock import Lock, LockedDataset, LockedShard, LockedSplit
 from oxe_mix.mix import Mix
 from oxe_mix.plan import SplitPlan
+from oxe_mix.record_mods import resized_features
 from oxe_mix.rlds import FEATURES_FILE, INFO_FILE, Split
+from oxe_mix.schedule import Scheduled
+from oxe_mix.shards import PARTIAL, ShardReport
+from oxe_mix.target import Target
 from oxe_mix.tfrecord import FRAME_BYTES
 
 
-def finish_download(
-    mix: Mix, plans: list[SplitPlan], tasks: list[ShardTask], reports: list[ShardReport], data: Path
-) -> Lock:
+def finish_download(mix: Mix, plans: list[SplitPlan], shards: list[Scheduled], target: Target) -> Lock:
     """Give all shards their final names, rewrite each dataset_info.json, and return the lock to write.
 
     Safe to repeat: whatever part of it was done before a kill is found done.
+
+    Raises: UserError, before anything is renamed, when mods left no record of a split.
     """
-    report_of = {(r.dataset, r.split, r.index): r for r in reports}
-    fetched = {(t.dataset, t.split, t.index): (t, report_of[t.dataset, t.split, t.index]) for t in tasks}
+    of_split = {
+        id(plan): [
+            one for one in shards if (one.task.dataset, one.task.split) == (plan.spec.name, plan.spec.split)
+        ]
+        for plan in plans
+    }
+    for plan in plans:
+        _refuse_empty(plan, of_split[id(plan)])
     datasets = []
     for name in dict.fromkeys(plan.spec.name for plan in plans):
         own = [plan for plan in plans if plan.spec.name == name]
-        folder = own[0].folder(data)
-        folder.mkdir(parents=True, exist_ok=True)
-        splits = [_finish_split(plan, fetched, data) for plan in own]
-        with atomic_write(folder / FEATURES_FILE) as stream:
-            stream.write(own[0].source.features_text.encode())
-        write_json(
-            folder / INFO_FILE, own[0].source.info.with_splits([_info_split(split) for split in splits])
-        )
+        first, folder = own[0], own[0].folder
+        splits = tuple(_finish_split(plan, of_split[id(plan)], target) for plan in own)
+        features = resized_features(first.source.features_text, first.spec.mods)
+        info = first.source.info.with_splits([_info_split(split) for split in splits])
+        target.write(f"{folder}/{FEATURES_FILE}", features.encode())
+        target.write(f"{folder}/{INFO_FILE}", json_bytes(info))
         datasets.append(
             LockedDataset(
                 name=name,
-                version=own[0].spec.version,
-                folder=str(folder.relative_to(data)),
-                source=own[0].source.folder,
-                splits=tuple(splits),
+                version=first.spec.version,
+                folder=folder,
+                source=first.source.folder,
+                mods=first.spec.mods,
+                splits=splits,
             )
         )
     return Lock(complete=True, mix=mix, datasets=tuple(datasets))
 
 
-def _finish_split(
-    plan: SplitPlan, fetched: dict[tuple[str, str, int], tuple[ShardTask, ShardReport]], data: Path
-) -> LockedSplit:
-    shards = []
-    for index, pick in enumerate(plan.picks):
-        task, report = fetched[plan.spec.name, plan.spec.split, index]
-        file = plan.file(index, len(plan.picks))
-        _rename(task, plan.folder(data) / file)
-        shards.append(
+def locked_files(lock: Lock) -> Iterator[tuple[str, LockedShard]]:
+    """Every file that a lock lists, below its target, with what it says of it."""
+    for dataset in lock.datasets:
+        for split in dataset.splits:
+            for shard in split.shards:
+                yield f"{dataset.folder}/{shard.file}", shard
+
+
+def clean_up(target: Target, lock: Lock) -> None:
+    """Remove the temporary home of a finished download, and what killed runs left half written."""
+    target.remove(PARTIAL)
+    for folder in ("", *(dataset.folder for dataset in lock.datasets)):
+        target.sweep(folder)
+
+
+def _refuse_empty(plan: SplitPlan, shards: list[Scheduled]) -> None:
+    if sum(_report(one).episodes for one in shards) == 0:
+        raise UserError(
+            f"{plan.spec.name} ({plan.spec.split}): the mods left none of {plan.episodes} episodes, and a "
+            "split without any cannot be read; raise the fraction in another --out"
+        )
+
+
+def _finish_split(plan: SplitPlan, shards: list[Scheduled], target: Target) -> LockedSplit:
+    locked = []
+    for index, (one, pick) in enumerate(zip(shards, plan.picks, strict=True)):
+        report, file = _report(one), plan.file(index, len(plan.picks))
+        if one.file != f"{plan.folder}/{file}":
+            assert one.file is not None
+            target.rename(one.file, f"{plan.folder}/{file}")
+        locked.append(
             LockedShard(
                 file=file,
-                source_file=plan.source_file(pick),
+                source_file=plan.source_name(pick),
                 source_shard=pick.source_shard,
-                episodes=pick.num_episodes,
+                source_bytes=report.source.size,
+                source_check=report.source.check,
                 of_episodes=pick.of_episodes,
+                taken=report.taken,
+                episodes=report.episodes,
                 num_bytes=report.num_bytes,
                 crc32c=report.crc32c,
             )
         )
-    # A grown shard leaves its shorter self behind under the old name, a source cut anew whole old shards.
-    names = {shard.file for shard in shards}
-    for stale in plan.folder(data).glob(f"{plan.source.info.name}-{plan.spec.split}.tfrecord-*"):
-        if stale.name not in names:
-            stale.unlink()
+    # A grown shard leaves its shorter self behind under the old name.
+    names = {f"{plan.folder}/{shard.file}" for shard in locked}
+    stem = f"{plan.folder}/{plan.source.info.name}-{plan.spec.split}.tfrecord-"
+    for stale in target.sizes(plan.folder):
+        if stale.startswith(stem) and stale not in names:
+            target.remove(stale)
     return LockedSplit(
         split=plan.spec.split,
-        episodes=plan.episodes,
         of_episodes=plan.split.num_episodes,
-        shards=tuple(shards),
+        taken=plan.episodes,
+        episodes=sum(shard.episodes for shard in locked),
+        shards=tuple(locked),
     )
 
 
-def _rename(task: ShardTask, final: Path) -> None:
-    newest = task.on_disk()
-    assert newest is not None, f"{task.target} was fetched and is gone"
-    if newest != final:
-        newest.replace(final)
+def _report(one: Scheduled) -> ShardReport:
+    assert one.report is not None, f"{one.task.name} has no report"
+    return one.report
 
 
 def _info_split(split: LockedSplit) -> Split:
     payload = sum(shard.num_bytes - FRAME_BYTES * shard.episodes for shard in split.shards)
     return Split(split.split, tuple(shard.episodes for shard in split.shards), payload)
-
-
-def locked_files(lock: Lock, data: Path) -> Iterator[tuple[Path, LockedShard]]:
-    """Every file that a lock lists, with what it says of it."""
-    for dataset in lock.datasets:
-        for split in dataset.splits:
-            for shard in split.shards:
-                yield data / dataset.folder / shard.file, shard
-
-
-def clean_up(data: Path, lock: Lock) -> None:
-    """Remove the temporary home of a finished download, and what killed runs left half written."""
-    shutil.rmtree(data / PARTIAL, ignore_errors=True)
-    sweep(data, *(data / dataset.folder for dataset in lock.datasets))

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from oxe_mix.cards import Cards
 from oxe_mix.errors import UserError, did_you_mean
+from oxe_mix.mods import Mod
 from oxe_mix.rlds import SAFE_NAME
 from oxe_mix.yaml_files import load_yaml
 
 # The shipped mixes stand beside the packages in a checkout; a bare name is looked up there.
 MIXTURES = Path(__file__).parent.parent / "mixtures"
 OPEN_X_BUCKET = "gs://gresearch/robotics"
+
+
+Gigabytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# One address, or several copies of the same data, tried in this order.
+Sources = str | Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class DatasetSpec(BaseModel):
@@ -28,7 +34,9 @@ class DatasetSpec(BaseModel):
     # P(dataset) in training is proportional to weight x its written samples; 1 everywhere is one pass over
     # all of them.
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    source: str | None = None  # where this dataset lies, when not in the mix's source
+    source: Sources | None = None  # where this dataset lies, when not in the mix's source
+    max_gb: Gigabytes | None = None  # scales the fraction down to at most this, in 10^9 bytes
+    mods: tuple[Mod, ...] = ()  # what is changed in its records, in this order
 
     @field_validator("name", "version", "split")
     @classmethod
@@ -46,13 +54,18 @@ class DatasetSpec(BaseModel):
         return value
 
 
+# What belongs to a dataset rather than to one of its splits.
+_SHARED: tuple[Literal["version", "weight", "source", "mods"], ...] = ("version", "weight", "source", "mods")
+
+
 class Mix(BaseModel):
     """What `oxe-mix download` fetches and `oxe-mix convert` weighs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     seed: int = 0
-    source: str = OPEN_X_BUCKET
+    source: Sources = OPEN_X_BUCKET
+    max_gb: Gigabytes | None = None  # scales all fractions down, so that the whole is at most this
     datasets: tuple[DatasetSpec, ...]
 
     @model_validator(mode="after")
@@ -68,20 +81,20 @@ class Mix(BaseModel):
         first: dict[str, DatasetSpec] = {}
         for spec in self.datasets:
             one = first.setdefault(spec.name, spec)
-            if (one.version, one.weight, one.source) != (spec.version, spec.weight, spec.source):
-                raise ValueError(
-                    f"the splits of {spec.name} differ in version, weight or source; they share one"
-                )
+            for key in _SHARED:
+                if getattr(one, key) != getattr(spec, key):
+                    raise ValueError(f"the splits of {spec.name} differ in {key}; they share one")
         return self
 
-    def with_source(self, source: str) -> Mix:
-        """The same mix read from one other place, whatever each dataset says."""
+    def with_source(self, source: Sources) -> Mix:
+        """The same mix read from other places, whatever each dataset says."""
         datasets = tuple(spec.model_copy(update={"source": None}) for spec in self.datasets)
         return self.model_copy(update={"source": source, "datasets": datasets})
 
-    def source_of(self, spec: DatasetSpec) -> str:
-        """Where a dataset of this mix is read from."""
-        return (spec.source or self.source).rstrip("/")
+    def sources_of(self, spec: DatasetSpec) -> tuple[str, ...]:
+        """Where a dataset of this mix is read from, in the order in which the copies are tried."""
+        sources = spec.source or self.source
+        return tuple(source.rstrip("/") for source in ((sources,) if isinstance(sources, str) else sources))
 
 
 def load_mix(mix: Path, cards: Cards) -> Mix:

@@ -1,4 +1,4 @@
-"""Mods: what a mix asks to be changed in the records of a dataset. Models only; `record_mods.py` applies them.
+"""Mods: what a mix asks to be changed in the records of a dataset; `record_mods.py` applies them.
 
 A mix names them, in its order; a card's `mods` are advice that nothing applies on its own.
 """

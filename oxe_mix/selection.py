@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ def select(info: DatasetInfo, split: Split, fraction: float, seed: int) -> list[
         raise ValueError(f"{info.name} {info.version}: split {split.name} holds no episode")
     left = num_kept(split.num_episodes, fraction)
     picks = []
-    for shard in _permutation(info, split, seed):
+    for shard in _permutation(seed, info.name, info.version, split.name, len(split.shard_lengths)):
         length = split.shard_lengths[shard]
         if length and left:
             picks.append(Pick(shard, min(length, left), length))
@@ -53,8 +54,9 @@ def uniform_hash(*parts: object) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _permutation(info: DatasetInfo, split: Split, seed: int) -> list[int]:
+@functools.lru_cache(maxsize=256)  # a budget asks for the same order many times
+def _permutation(seed: int, name: str, version: str, split: str, num_shards: int) -> list[int]:
     def place(shard: int) -> tuple[float, int]:
-        return uniform_hash(seed, info.name, info.version, split.name, shard), shard
+        return uniform_hash(seed, name, version, split, shard), shard
 
-    return sorted(range(len(split.shard_lengths)), key=place)
+    return sorted(range(num_shards), key=place)

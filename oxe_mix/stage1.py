@@ -2,142 +2,223 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from oxe_mix.cards import load_cards
+from oxe_mix.engine import Engine
 from oxe_mix.errors import UserError
-from oxe_mix.fetch import ShardReport, ShardTask, note_locked
-from oxe_mix.files import folder_lock
+from oxe_mix.fetch import RETRIES_LOG
 from oxe_mix.finish import clean_up, finish_download, locked_files
-from oxe_mix.lock import Lock, read_lock, refuse_other_mix, write_lock
+from oxe_mix.lock import LOCK_FILE, Lock, lock_bytes, parse_lock, refuse_other_mix
 from oxe_mix.mix import Mix, load_mix
-from oxe_mix.plan import SplitPlan, plan_download, shard_tasks
-from oxe_mix.progress import progress
-from oxe_mix.text import complain, count, say, size, table
+from oxe_mix.plan import SplitPlan, effective, plan_download
+from oxe_mix.plan_text import missing_words, plan_json, plan_table
+from oxe_mix.progress import Goal, Sample, progress
+from oxe_mix.schedule import Scheduled, find_files, schedule
+from oxe_mix.shards import PARTIAL, ShardReport
+from oxe_mix.source_file import Patience
+from oxe_mix.target import Target, open_target
+from oxe_mix.text import complain, count, say, size, warn
 
 
-def run_download(
-    mix_file: Path,
-    out: Path,
-    *,
-    source: str | None,
-    dry_run: bool,
-    cards_folder: Path | None,
-    workers: int | None,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class DownloadOptions:
+    """What the user typed."""
+
+    mix: Path
+    out: str
+    sources: tuple[str, ...] = ()
+    max_gb: float | None = None
+    dry_run: bool = False
+    cards: Path | None = None
+    jobs: int = 8
+    patience: Patience = field(default_factory=Patience)
+    json: bool = False
+
+
+def run_download(options: DownloadOptions, engine: Engine) -> int:
     """Download a mix into a folder.
 
     Returns: the exit code: 0 when all that was asked is there, 1 when shards are missing.
     Raises: UserError for what the user can mend.
     """
-    cards = load_cards(cards_folder)
-    mix = load_mix(mix_file, cards)
-    if source is not None:
-        mix = mix.with_source(_absolute(source))
-    if dry_run:
-        plans = plan_download(mix, cards)
-        say(_plan_table(plans))
-        _refuse_full_disk(plans, shard_tasks(plans, out), out)
+    cards = load_cards(options.cards)
+    mix = _asked(options, load_mix(options.mix, cards))
+    target = open_target(_absolute(options.out))
+    if options.dry_run:
+        run = _Run(options, engine, target, plan_download(mix, cards, options.patience))
+        run.show_plan(schedule(run.plans, target, None))
         return 0
-    with folder_lock(out, "download"):
-        lock = read_lock(out)
-        if lock is not None:
-            refuse_other_mix(out, lock, mix)
-            if lock.complete and lock.mix == mix and _all_there(lock, out):
-                say(f"{out}: mix {mix.name!r} is already here, whole; nothing to do\nnext: {_next(out)}")
-                return 0
-        plans = plan_download(mix, cards)
-        say(_plan_table(plans))
-        return _fetch_and_finish(mix, plans, out, lock, workers)
+    with target.hold("download"):
+        lock = parse_lock(target.read(LOCK_FILE), f"{target.root}/{LOCK_FILE}")
+        budget = mix.max_gb or any(spec.max_gb for spec in mix.datasets)
+        if lock is not None and not budget:
+            refuse_other_mix(target.root, lock, mix)
+            if _is_whole(lock, mix, target):
+                return _nothing_to_do(options, target, mix)
+        plans = plan_download(mix, cards, options.patience)
+        mix = effective(mix, plans)
+        if lock is not None and budget:
+            refuse_other_mix(target.root, lock, mix)
+            if _is_whole(lock, mix, target):
+                return _nothing_to_do(options, target, mix)
+        return _Run(options, engine, target, plans).fetch_and_finish(mix, lock)
 
 
-def _fetch_and_finish(
-    mix: Mix, plans: list[SplitPlan], out: Path, lock: Lock | None, workers: int | None
-) -> int:
-    from pipelines.download import fetch_all
+def _asked(options: DownloadOptions, mix: Mix) -> Mix:
+    if options.sources:
+        sources = tuple(_absolute(source) for source in options.sources)
+        mix = mix.with_source(sources if len(sources) > 1 else sources[0])
+    return mix if options.max_gb is None else mix.model_copy(update={"max_gb": options.max_gb})
 
-    start = time.monotonic()
-    tasks = shard_tasks(plans, out)
-    if lock is None or lock.complete:
-        _refuse_foreign_data(plans, lock, out)
-    _refuse_full_disk(plans, tasks, out)
-    if lock is None:
-        write_lock(out, Lock(complete=False, mix=mix))
+
+def _nothing_to_do(options: DownloadOptions, target: Target, mix: Mix) -> int:
+    if options.json:
+        say(json.dumps({"event": "done", "result": target.root, "fetched_shards": 0, "missing": []}))
     else:
-        note_locked(tasks, lock)
-    with progress("download", "shards", len(tasks), lambda: sum(task.note.exists() for task in tasks)):
-        reports, failures = fetch_all(tasks, sum(plan.estimated_bytes for plan in plans), workers)
-    if failures:
-        complain("\n".join(failures))
-        say(f"{len(reports)} of {count(len(tasks), 'shard')} fetched; the next run fetches only the missing")
-        return 1
-    # From here on names change, so until the new lock is written no reader may take the folder for whole.
-    write_lock(out, Lock(complete=False, mix=mix))
-    done = finish_download(mix, plans, tasks, reports, out)
-    write_lock(out, done)
-    clean_up(out, done)
-    say(_summary(plans, reports, time.monotonic() - start))
-    say(f"result: {out}\nnext: {_next(out)}")
+        words = "is already here, whole; nothing to do"
+        say(f"{target.root}: mix {mix.name!r} {words}\nnext: {_next(target)}")
     return 0
 
 
-def _refuse_foreign_data(plans: list[SplitPlan], lock: Lock | None, out: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One download under way."""
+
+    options: DownloadOptions
+    engine: Engine
+    target: Target
+    plans: list[SplitPlan]
+
+    def fetch_and_finish(self, mix: Mix, lock: Lock | None) -> int:
+        """Fetch what is not there, and give all of it its final names."""
+        from pipelines.download import fetch_all
+
+        start, target = time.monotonic(), self.target
+        shards = schedule(self.plans, target, lock)
+        self.show_plan(shards)
+        if lock is None or lock.complete:
+            _refuse_foreign_data(self.plans, lock, target)
+        unfinished = Lock(complete=False, mix=mix, datasets=lock.datasets if lock else ())
+        if lock is None:
+            self._write_lock(unfinished)
+        tasks = [one.task for one in shards if one.report is None]
+        goal = Goal("download", "shard", len(tasks), sum(task.estimated_bytes for task in tasks))
+        with progress(goal, _sampler(target, len(tasks)), "json" if self.options.json else "auto"):
+            reports, failures = fetch_all(tasks, self.options.jobs, self.engine, self.options.patience)
+        if failures:
+            return self._some_missing(failures, len(shards) - len(tasks) + len(reports), len(shards))
+        fetched = {(report.dataset, report.split, report.index): report for report in reports}
+        shards = find_files(shards, fetched, target)
+        # From here on names change, so until the new lock is written no reader may take the folder for whole.
+        self._write_lock(unfinished)
+        done = finish_download(mix, self.plans, shards, target)
+        self._write_lock(done)
+        clean_up(target, done)
+        self._summary(done, reports, time.monotonic() - start)
+        return 0
+
+    def show_plan(self, shards: list[Scheduled]) -> None:
+        """Say what is asked for; refuse what the disk would not hold."""
+        if self.options.json:
+            say(json.dumps(plan_json(self.plans)))
+        else:
+            say(plan_table(self.plans))
+        for line in missing_words(self.plans):
+            warn(line)
+        needed = sum(one.task.estimated_bytes for one in shards if one.report is None)
+        free = self.target.free_bytes()
+        if not self.options.json:
+            fits = "the target has no limit" if free is None else f"disk free {size(free)}"
+            say(f"still to fetch about {size(needed)}, {fits}")
+        if free is not None and needed > free:
+            raise UserError(
+                f"{self.target.root}: the disk would not hold this: {size(needed)} needed, "
+                f"{size(free)} free; ask for less with --max-gb {free / 1.1e9:.3g}, or choose another --out"
+            )
+
+    def _write_lock(self, lock: Lock) -> None:
+        self.target.write(LOCK_FILE, lock_bytes(lock))
+
+    def _some_missing(self, failures: list[str], done: int, asked: int) -> int:
+        complain("\n".join(failures))
+        if self.options.json:
+            say(json.dumps({"event": "incomplete", "shards": done, "of_shards": asked, "missing": failures}))
+        else:
+            say(f"{done} of {count(asked, 'shard')} fetched; the next run fetches only the missing")
+        return 1
+
+    def _summary(self, lock: Lock, reports: list[ShardReport], seconds: float) -> None:
+        splits = [split for dataset in lock.datasets for split in dataset.splits]
+        taken, left = sum(split.taken for split in splits), sum(split.episodes for split in splits)
+        retries = sum(report.retries for report in reports)
+        fetched = sum(report.fetched_bytes for report in reports)
+        if self.options.json:
+            event: dict[str, Any] = {"event": "done", "result": self.target.root, "asked_episodes": taken}
+            event |= {"episodes": left, "dropped": {"mods": taken - left}, "missing": []}
+            event |= {"fetched_shards": len(reports), "fetched_bytes": fetched, "retries": retries}
+            say(json.dumps({**event, "seconds": round(seconds, 1)}))
+            return
+        dropped = f"dropped by mods {taken - left:,}" if taken != left else "dropped 0"
+        shards = sum(len(split.shards) for split in splits)
+        say(
+            f"asked {count(taken, 'episode')} in {count(shards, 'shard')}, done {left:,}, {dropped}; "
+            f"fetched {count(len(reports), 'shard')}, {size(fetched)}, {seconds:.1f} s"
+            + (f", {retries} retries" if retries else "")
+        )
+        say(f"result: {self.target.root}\nnext: {_next(self.target)}")
+
+
+def _is_whole(lock: Lock, mix: Mix, target: Target) -> bool:
+    if not lock.complete or lock.mix != mix:
+        return False
+    sizes: dict[str, int] = {}
+    for dataset in lock.datasets:
+        sizes |= target.sizes(dataset.folder)
+    return all(sizes.get(file) == shard.num_bytes for file, shard in locked_files(lock))
+
+
+def _refuse_foreign_data(plans: list[SplitPlan], lock: Lock | None, target: Target) -> None:
     """What the lock does not name is not ours to rename or replace: it may be the source itself."""
     own = {dataset.name for dataset in lock.datasets} if lock else set()
     for plan in plans:
-        folder = plan.folder(out)
-        if plan.spec.name not in own and folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: holds data that no download here wrote; choose another --out")
+        if plan.spec.name not in own and target.sizes(plan.folder):
+            raise UserError(
+                f"{target.root}/{plan.folder}: holds data that no download here wrote; choose another --out"
+            )
 
 
-def _all_there(lock: Lock, data: Path) -> bool:
-    return all(
-        file.exists() and file.stat().st_size == shard.num_bytes for file, shard in locked_files(lock, data)
-    )
+def _sampler(target: Target, num_tasks: int) -> Callable[[], Sample]:
+    """How far a download is, read off its target: so it counts for any number of processes and machines."""
+    before = _waiting(target)
 
-
-def _plan_table(plans: list[SplitPlan]) -> str:
-    rows = [
-        (
-            plan.spec.name,
-            plan.spec.split,
-            f"{plan.episodes:,} of {plan.split.num_episodes:,}",
-            f"{len(plan.picks)} of {len(plan.split.shard_lengths)}",
-            size(plan.estimated_bytes),
+    def sample() -> Sample:
+        now = _waiting(target)
+        log = target.read(RETRIES_LOG) or b""
+        return Sample(
+            done=min(num_tasks, max(0, now.done - before.done)),
+            num_bytes=max(0, now.num_bytes - before.num_bytes),
+            retries=log.count(b"\n"),
         )
-        for plan in plans
-    ]
-    episodes, shards = sum(p.episodes for p in plans), sum(len(p.picks) for p in plans)
-    total = size(sum(plan.estimated_bytes for plan in plans))
-    rows.append(("total", "", f"{episodes:,}", f"{shards:,}", total))
-    return table(("dataset", "split", "episodes", "shards", "about"), rows)
+
+    return sample
 
 
-def _refuse_full_disk(plans: list[SplitPlan], tasks: list[ShardTask], out: Path) -> None:
-    here = sum(file.stat().st_size for task in tasks if (file := task.on_disk()))
-    needed = sum(plan.estimated_bytes for plan in plans) - here
-    free = shutil.disk_usage(next(p for p in (out, *out.resolve().parents) if p.exists())).free
-    say(f"still to fetch about {size(max(0, needed))}, disk free {size(free)}")
-    if needed > free:
-        raise UserError(f"{out}: the disk would not hold this; lower the fractions or choose another --out")
+def _waiting(target: Target) -> Sample:
+    sizes = target.sizes(PARTIAL)
+    shards = {name: num for name, num in sizes.items() if name.endswith((".tfrecord", ".part"))}
+    return Sample(sum(name.endswith(".tfrecord") for name in shards), sum(shards.values()))
 
 
-def _summary(plans: list[SplitPlan], reports: list[ShardReport], seconds: float) -> str:
-    asked, done = sum(plan.episodes for plan in plans), sum(report.episodes for report in reports)
-    fetched = [report.num_bytes for report in reports if report.fetched]
-    return (
-        f"asked {count(asked, 'episode')} in {count(len(reports), 'shard')}, done {done:,}, "
-        f"dropped {asked - done}; "
-        f"fetched {count(len(fetched), 'shard')}, {size(sum(fetched))}, {seconds:.1f} s"
-    )
+def _absolute(place: str) -> str:
+    """A folder given relative to the working folder means the same place wherever it is read later."""
+    return place if "://" in place else str(Path(place).resolve())
 
 
-def _absolute(source: str) -> str:
-    """A folder given relative to the working folder means the same place wherever the lock is read later."""
-    return source if "://" in source else str(Path(source).resolve())
-
-
-def _next(out: Path) -> str:
-    return f"oxe-mix convert --to llava --data {out}"
+def _next(target: Target) -> str:
+    return f"oxe-mix convert --to llava --data {target.root}"

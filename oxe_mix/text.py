@@ -39,3 +39,9 @@ def complain(text: str) -> None:
     """One `error: …` line on stderr for each line of a message."""
     for line in text.splitlines():
         print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """One `warning: …` line on stderr for each line of a message."""
+    for line in text.splitlines():
+        print(f"warning: {line}", file=sys.stderr, flush=True)

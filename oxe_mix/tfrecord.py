@@ -22,6 +22,7 @@ _FOOTER = struct.Struct("<I")
 _MASK_DELTA = 0xA282EAD8
 # A length beyond this is taken for garbage rather than allocated: the longest episodes are some 100 MB.
 _MAX_PAYLOAD = 1 << 32
+_WRONG_DATA = "the checksum of the data is wrong; the file is damaged, fetch it again"
 _STRANGERS = (
     (b"version https://git-lfs", "a git-LFS pointer, not the data; run 'git lfs pull' where it came from"),
     (b"\x1f\x8b", "gzip data; unpack it first"),
@@ -49,6 +50,96 @@ def frame(payload: bytes) -> bytes:
     return b"".join((length, _FOOTER.pack(_masked_crc(length)), payload, _FOOTER.pack(_masked_crc(payload))))
 
 
+class RecordScanner:
+    """Proves records while their bytes stream by: holds a header, never a record, however long that is.
+
+    `num_records`, `end` (a byte offset) and `crc` (the file's crc32c) all stand at the last whole record.
+    """
+
+    def __init__(self, name: str, limit: int | None = None) -> None:
+        """Scan a file that messages call `name`, up to its record number `limit` (None: all of them)."""
+        self._name = name
+        self._limit = limit
+        self._head = b""  # of the record's header or footer, as far as it came
+        self._left: int | None = None  # bytes of the payload still to come; None between records
+        self._length = 0
+        self._payload_crc = 0
+        self._file_crc = 0
+        self.num_records = 0
+        self.end = 0
+        self.crc = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the records asked for are all there."""
+        return self.num_records == self._limit
+
+    def feed(self, chunk: bytes) -> int:
+        """Scan the next bytes of the file.
+
+        Returns: how many of them belong to the records asked for: all, unless the limit is reached in them.
+        Raises: TFRecordError at the first record that fails a checksum.
+        """
+        at = 0
+        while at < len(chunk) and not self.full:
+            if self._left is None:
+                at += self._take(chunk[at : at + _HEADER.size - len(self._head)])
+                if len(self._head) == _HEADER.size:
+                    self._start()
+            elif self._left:
+                piece = chunk[at : at + self._left]
+                self._payload_crc = google_crc32c.extend(self._payload_crc, piece)
+                self._file_crc = google_crc32c.extend(self._file_crc, piece)
+                self._left -= len(piece)
+                at += len(piece)
+            else:
+                at += self._take(chunk[at : at + _FOOTER.size - len(self._head)])
+                if len(self._head) == _FOOTER.size:
+                    self._finish()
+        return at
+
+    def close(self) -> None:
+        """The file ends here. Raises: TFRecordError when that is inside a record."""
+        if self._left is None and not self._head:
+            return
+        _refuse_strangers(self.num_records, self._head, self._name)
+        raise TFRecordError(f"{self._where()}: the file ends inside the record; fetch it again")
+
+    def rewind(self) -> None:
+        """Forget what came behind the last whole record; the next bytes fed start there."""
+        self._left, self._head, self._file_crc = None, b"", self.crc
+
+    def _take(self, piece: bytes) -> int:
+        self._head += piece
+        self._file_crc = google_crc32c.extend(self._file_crc, piece)
+        return len(piece)
+
+    def _start(self) -> None:
+        self._length = _payload_length(self._head, self._where(), self.num_records, self._name)
+        self._left, self._payload_crc, self._head = self._length, 0, b""
+
+    def _finish(self) -> None:
+        if _masked(self._payload_crc) != _FOOTER.unpack(self._head)[0]:
+            raise TFRecordError(f"{self._where()}: {_WRONG_DATA}")
+        self._left, self._head = None, b""
+        self.num_records += 1
+        self.end += FRAME_BYTES + self._length
+        self.crc = self._file_crc
+
+    def _where(self) -> str:
+        return f"{self._name}: record {self.num_records} at byte {self.end}"
+
+
+def _payload_length(header: bytes, where: str, number: int, name: str) -> int:
+    length, length_crc = _HEADER.unpack(header)
+    if _masked_crc(header[:8]) != length_crc or length > _MAX_PAYLOAD:
+        _refuse_strangers(number, header, name)
+        raise TFRecordError(
+            f"{where}: the checksum of the length is wrong; the file is damaged or no TFRecord"
+        )
+    return int(length)
+
+
 def read_records(stream: BinaryIO, name: str) -> Iterator[Record]:
     """Read records to the end of `stream`; `name` is what messages call the file.
 
@@ -60,12 +151,7 @@ def read_records(stream: BinaryIO, name: str) -> Iterator[Record]:
         if len(header) < _HEADER.size:
             _refuse_strangers(number, header, name)
             raise TFRecordError(f"{where}: the file ends inside the record's header; fetch it again")
-        length, length_crc = _HEADER.unpack(header)
-        if _masked_crc(header[:8]) != length_crc or length > _MAX_PAYLOAD:
-            _refuse_strangers(number, header, name)
-            raise TFRecordError(
-                f"{where}: the checksum of the length is wrong; the file is damaged or no TFRecord"
-            )
+        length = _payload_length(header, where, number, name)
         rest = stream.read(length + _FOOTER.size)
         if len(rest) < length + _FOOTER.size:
             raise TFRecordError(
@@ -73,9 +159,7 @@ def read_records(stream: BinaryIO, name: str) -> Iterator[Record]:
             )
         payload = rest[:length]
         if _masked_crc(payload) != _FOOTER.unpack(rest[length:])[0]:
-            raise TFRecordError(
-                f"{where}: the checksum of the data is wrong; the file is damaged, fetch it again"
-            )
+            raise TFRecordError(f"{where}: {_WRONG_DATA}")
         yield Record(framed=header + rest, payload=payload)
         number, offset = number + 1, offset + FRAME_BYTES + length
 
@@ -88,5 +172,8 @@ def _refuse_strangers(number: int, start: bytes, name: str) -> None:
 
 
 def _masked_crc(data: bytes) -> int:
-    crc: int = google_crc32c.value(data)
+    return _masked(google_crc32c.value(data))
+
+
+def _masked(crc: int) -> int:
     return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF

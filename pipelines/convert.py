@@ -20,6 +20,7 @@ from convert.shards import (
     merge_actions,
     read_stats,
 )
+from oxe_mix.engine import Engine
 from oxe_mix.errors import UserError
 from pipelines.runner import default_workers, run_and_collect
 
@@ -81,9 +82,7 @@ class ConvertShard(beam.DoFn):
             yield {_FAILED: str(own_error)}
 
 
-def convert_all(
-    jobs: list[ShardJob], scratch: Path, workers: int | None
-) -> tuple[list[ShardCounts], list[str]]:
+def convert_all(jobs: list[ShardJob], scratch: Path, engine: Engine) -> tuple[list[ShardCounts], list[str]]:
     """Convert all shards.
 
     Returns: the counts in order of dataset, split and shard, and what was wrong with the shards that failed.
@@ -102,7 +101,8 @@ def convert_all(
         )
 
     num_bytes = sum(Path(job.file).stat().st_size for job in jobs)
-    results = run_and_collect(build, workers or default_workers(len(jobs), num_bytes))
+    workers = engine.workers or default_workers(len(jobs), num_bytes)
+    results = run_and_collect(build, engine, str(scratch), workers)
     failures = sorted({result[_FAILED] for result in results if _FAILED in result})
     counts = [counts_from_json(result["counts"]) for result in results if "counts" in result]
     return sorted(counts, key=lambda c: (c.dataset, c.split, c.index)), failures

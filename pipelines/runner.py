@@ -1,4 +1,4 @@
-"""How a Beam graph is run on this machine, and how its small results come back."""
+"""How a Beam graph is run, here or on a cluster, and how its small results come back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import logging
 import os
 import shlex
 import sys
-import tempfile
+import uuid
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
@@ -17,28 +16,52 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 
+from oxe_mix.engine import LOCAL, Engine
+from oxe_mix.errors import UserError
+from oxe_mix.target import open_target
+
 _BYTES_PER_WORKER = 256 << 20
 
 
 def run_and_collect(
-    build: Callable[[beam.Pipeline], beam.PCollection[dict[str, Any]]], workers: int
+    build: Callable[[beam.Pipeline], beam.PCollection[dict[str, Any]]],
+    engine: Engine,
+    shared: str,
+    workers: int,
 ) -> list[dict[str, Any]]:
     """Run a graph whose end is a collection of small JSON objects, and return them, in no order.
 
-    The graph runs in this process, or in as many worker processes as asked. The runner is named: plain
-    DirectRunner in Beam 2.77 first tries to start Prism, which may download a binary.
+    They come back through a file in `shared`, a folder that all workers reach. Locally the graph runs in this
+    process, or in `workers` processes. The local runner is named: plain DirectRunner in Beam 2.77 first tries
+    to start Prism, which may download a binary.
     """
     # Beam tells every change of its workers' state at INFO and WARNING; what matters comes as an exception.
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    name = f"reports-{uuid.uuid4().hex}.json"
+    with _pipeline(engine, workers) as pipeline:
+        _ = build(pipeline) | beam.combiners.ToList() | beam.Map(_write, shared, name)
+    target = open_target(shared)
+    text = target.read(name)
+    if text is None:
+        raise UserError(
+            f"{shared}/{name}: the workers wrote their reports where this machine does not see them; "
+            "give --out a bucket or a folder that all of them reach"
+        )
+    target.remove(name)
+    return list(json.loads(text))
+
+
+def _pipeline(engine: Engine, workers: int) -> beam.Pipeline:
+    if engine.runner != LOCAL:
+        try:
+            return beam.Pipeline(runner=engine.runner, options=PipelineOptions(list(engine.flags)))
+        except (ValueError, ImportError, AttributeError) as error:
+            raise UserError(f"--runner {engine.runner}: {error}") from error
     processes = None
     if workers > 1:
         processes = SubprocessSDKEnvironment.from_command_string(_worker_command())
     options = PipelineOptions([f"--direct_num_workers={workers}"])
-    with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder:
-        file = Path(folder) / "reports.json"
-        with beam.Pipeline(runner=FnApiRunner(default_environment=processes), options=options) as pipeline:
-            _ = build(pipeline) | beam.combiners.ToList() | beam.Map(_write, str(file))
-        return list(json.loads(file.read_text()))
+    return beam.Pipeline(runner=FnApiRunner(default_environment=processes), options=options)
 
 
 def _worker_command() -> str:
@@ -63,5 +86,5 @@ def default_workers(num_tasks: int, num_bytes: int) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), num_tasks, num_bytes // _BYTES_PER_WORKER))
 
 
-def _write(reports: list[dict[str, Any]], file: str) -> None:
-    Path(file).write_text(json.dumps(reports))
+def _write(reports: list[dict[str, Any]], shared: str, name: str) -> None:
+    open_target(shared).write(name, json.dumps(reports).encode())

@@ -18,7 +18,7 @@ import pytest
 
 from oxe_mix.lock import read_lock
 from oxe_mix.rlds import parse_dataset_info
-from oxe_mix.tfrecord import FRAME_BYTES, read_records
+from oxe_mix.tfrecord import FRAME_BYTES, frame, read_records
 from tests.conftest import OXE_MIX, run
 
 MIX = """\
@@ -218,8 +218,6 @@ def test_a_shard_with_records_missing_is_refused(bucket: Path, tmp_path: Path) -
     source, mix = tmp_path / "bucket", _mix(tmp_path, viola=1.0)
     shutil.copytree(bucket, source)
     shard = sorted((source / "viola/0.1.0").glob("viola-train*"))[1]
-    from oxe_mix.tfrecord import frame
-
     shard.write_bytes(b"".join(map(frame, _payloads(shard)[:-1])))
     assert "records, dataset_info.json says" in _download(mix, source, tmp_path / "data", code=1)
 
@@ -264,11 +262,13 @@ def test_finishing_can_be_killed_between_any_two_renames(
     _download(large, bucket, fresh)
     expected = _content(fresh)
 
-    from oxe_mix import files, finish
-    from oxe_mix.stage1 import run_download
+    from oxe_mix import stage1
+    from oxe_mix.engine import Engine
+    from oxe_mix.stage1 import DownloadOptions, run_download
+    from oxe_mix.target import LocalTarget
 
-    rename, write = finish._rename, files.write_json
-    for survive in range(0, 10, 2):
+    rename, write = LocalTarget.rename, LocalTarget.write
+    for survive in range(0, 12, 2):
         out, left = tmp_path / f"data{survive}", [survive]
         shutil.copytree(start, out)
 
@@ -281,15 +281,21 @@ def test_finishing_can_be_killed_between_any_two_renames(
 
             return step
 
-        monkeypatch.setattr(finish, "_rename", dying(rename))
-        monkeypatch.setattr(finish, "write_json", dying(write))
-        options: Any = {"source": str(bucket), "dry_run": False, "cards_folder": None, "workers": 1}
-        with pytest.raises(KeyboardInterrupt):
-            run_download(large, out, **options)
-        monkeypatch.setattr(finish, "_rename", rename)
-        monkeypatch.setattr(finish, "write_json", write)
-        assert run_download(large, out, **options) == 0
+        # Fetching is done by the first call, so that what is cut off are the renames and writes of the end.
+        options = DownloadOptions(mix=large, out=str(out), sources=(str(bucket),))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stage1, "finish_download", _interrupted)
+            run_download(options, Engine(workers=1))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(LocalTarget, "rename", dying(rename))
+            patch.setattr(LocalTarget, "write", dying(write))
+            run_download(options, Engine(workers=1))
+        assert run_download(options, Engine(workers=1)) == 0
         assert _content(out) == expected, survive
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_data_that_no_download_wrote_is_left_alone(bucket: Path, tmp_path: Path) -> None:
@@ -304,22 +310,21 @@ def test_data_that_no_download_wrote_is_left_alone(bucket: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("num_shards", [2, 8])
-def test_a_source_that_was_cut_anew_is_not_taken_for_what_is_on_disk(
+def test_a_source_that_was_cut_anew_is_refused_and_nothing_is_lost(
     bucket: Path, tmp_path: Path, num_shards: int
 ) -> None:
-    """The same records in other shards: growing then fetches all again instead of mixing old and new."""
+    """The same records in other shards: growing would mix old and new, and give some of them twice."""
     source, out = tmp_path / "bucket", tmp_path / "data"
     shutil.copytree(bucket / "viola", source / "viola")
     mix = tmp_path / "mix.yaml"
     text = "name: m\ndatasets:\n- {name: viola, version: 0.1.0, fraction: 0.5}\n"
     mix.write_text(text)
     _download(mix, source, out)
+    before = _content(out)
     folder = source / "viola/0.1.0"
     payloads = [p for file in sorted(folder.glob("viola-train*")) for p in _payloads(file)]
     for file in folder.glob("viola-train*"):
         file.unlink()
-    from oxe_mix.tfrecord import frame
-
     lengths = [len(payloads[i::num_shards]) for i in range(num_shards)]
     for i in range(num_shards):
         (folder / f"viola-train.tfrecord-{i:05d}-of-{num_shards:05d}").write_bytes(
@@ -329,9 +334,10 @@ def test_a_source_that_was_cut_anew_is_not_taken_for_what_is_on_disk(
     info["splits"][0]["shardLengths"] = [str(n) for n in lengths]
     (folder / "dataset_info.json").write_text(json.dumps(info))
     mix.write_text(text.replace("0.5", "0.8"))
-    _download(mix, source, out)
+    said = _download(mix, source, out, code=2)
+    assert f"changed at the source since {out} was downloaded" in said
+    assert _content(out) == before
     _download(mix, source, tmp_path / "fresh")
-    assert _content(out) == _content(tmp_path / "fresh")
 
 
 def test_a_shard_that_cannot_be_opened_does_not_lose_the_others(bucket: Path, tmp_path: Path) -> None:
@@ -341,7 +347,7 @@ def test_a_shard_that_cannot_be_opened_does_not_lose_the_others(bucket: Path, tm
     shard.unlink()
     shard.mkdir()
     said = _download(mix, source, out, code=1)
-    assert f"{shard}: not fetched (IsADirectoryError" in said
+    assert f"{shard}: cannot be read (IsADirectoryError" in said
     assert "11 of 12 shards fetched" in said
 
 

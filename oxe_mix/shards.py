@@ -1,0 +1,85 @@
+"""Shards on their way: the task to fetch one, and the report of one that was fetched."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from oxe_mix.record_mods import RecordMods
+from oxe_mix.source_file import SourceFile
+
+# Below a target: where shards wait, with a note each, until all of them are there.
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """One source shard to fetch: what flows through Beam. Paths and addresses are text, small and
+    picklable.
+    """
+
+    dataset: str
+    split: str
+    index: int  # place in the permutation, and so the number of the output shard
+    urls: tuple[str, ...]  # the same file in every copy, in the order in which they are tried
+    source_shard: int
+    episodes: int  # to take
+    of_episodes: int
+    estimated_bytes: int
+    expected: SourceFile  # what the source's listing, or the lock, says of the file
+    out: str  # the target
+    name: str  # below it: where the shard waits until all are there
+    final: str  # below it: its file name in the dataset's folder, up to the number of shards
+    mods: RecordMods = field(default_factory=RecordMods)
+    prefix: str | None = None  # below the target: a file with the shard's first records, of an earlier mix
+
+    @property
+    def note(self) -> str:
+        """Where the proof of a fetched shard is kept until the lock has it."""
+        return f"{self.name}.json"
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What makes an earlier run's work on this shard this shard."""
+        return {
+            "source_file": self.urls[0].rsplit("/", 1)[-1],
+            "of_episodes": self.of_episodes,
+            "taken": self.episodes,
+            "mods": asdict(self.mods),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """A fetched shard: the file's size and checksum, and what the source said of its own."""
+
+    dataset: str
+    split: str
+    index: int
+    taken: int  # records taken at the source
+    episodes: int  # records on disk, after mods
+    num_bytes: int
+    crc32c: str
+    source: SourceFile
+    fetched_bytes: int = 0  # by this run; 0: it was already there and proved
+    retries: int = 0
+
+
+def read_note(task: ShardTask, text: bytes) -> ShardReport | None:
+    """The report of a shard that an earlier run finished; None when it finished another one, or the source
+    has changed the file since.
+    """
+    try:
+        note = json.loads(text)
+        report = report_from_json(note.pop("report"))
+    except (ValueError, TypeError, KeyError):
+        return None  # of another version of this program
+    if note != json.loads(json.dumps(task.identity)) or report.source.differs(task.expected):
+        return None
+    return replace(report, fetched_bytes=0, retries=0)
+
+
+def report_from_json(value: dict[str, Any]) -> ShardReport:
+    """The inverse of `dataclasses.asdict`."""
+    return ShardReport(**{**value, "source": SourceFile(**value["source"])})
