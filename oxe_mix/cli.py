@@ -79,6 +79,19 @@ def download(
 
 
 @app.command()
+def verify(
+    data: Annotated[str, typer.Argument(help="Folder of RLDS datasets, downloaded here or not.")] = "data",
+    cards: CardsFolder = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Shards read at the same time.")] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a data folder and say whether it is what it says it is; nothing is changed."""
+    from oxe_mix.verify import run_verify
+
+    raise typer.Exit(run_verify(data, cards, jobs, as_json=as_json))
+
+
+@app.command()
 def convert(
     to: Annotated[str, typer.Option(help="Output format.")] = "llava",
     mix: Annotated[

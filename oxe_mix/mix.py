@@ -109,7 +109,7 @@ def load_mix(mix: Path, cards: Cards) -> Mix:
     try:
         return _with_card_names(Mix.model_validate(raw), cards, file)
     except ValidationError as error:
-        raise UserError("\n".join(f"{file}: {problem}" for problem in _problems(error))) from error
+        raise UserError("\n".join(f"{file}: {problem}" for problem in _problems(error, raw))) from error
 
 
 def find_mix(mix: Path) -> Path:
@@ -140,12 +140,26 @@ def _with_card_names(mix: Mix, cards: Cards, file: Path) -> Mix:
     return Mix.model_validate({**mix.model_dump(), "datasets": [spec.model_dump() for spec in specs]})
 
 
-def _problems(error: ValidationError) -> list[str]:
+def _problems(error: ValidationError, raw: Any) -> list[str]:
     known = {**Mix.model_fields, **DatasetSpec.model_fields}
-    return [
-        f"{'.'.join(map(str, problem['loc'])) or 'mix'}: {_in_our_words(problem, known)}"
-        for problem in error.errors()
-    ]
+    by_place: dict[str, str] = {}
+    for problem in error.errors():
+        # Of several branches of a union that refuse one place, the first says enough.
+        by_place.setdefault(_place(problem["loc"], raw) or "mix", _in_our_words(problem, known))
+    return [f"{place}: {text}" for place, text in by_place.items()]
+
+
+def _place(loc: tuple[str | int, ...], raw: Any) -> str:
+    """Where in the file: pydantic also names the branches of its unions, which the file does not have."""
+    parts = []
+    for i, part in enumerate(loc):
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            if i < len(loc) - 1 or not isinstance(raw, dict):
+                continue
+        parts.append(str(part))
+    return ".".join(parts)
 
 
 def _in_our_words(problem: Any, known: dict[str, Any]) -> str:

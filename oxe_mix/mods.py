@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 FilterSuccess = Literal["filter_success"]
 # The names that the published download lists use; which frames they mean is in `FLIPS`.
@@ -40,7 +40,10 @@ def _known(value: object) -> object:
             "resize_and_jpeg_encode would encode every frame anew and is not carried over; "
             "leave it out, or write {resize: 256} for smaller frames"
         )
-    if isinstance(value, str) and value not in ("filter_success", *FLIPS):
+    # Checked here, so that a misspelt mod is one complaint and not one for each kind of mod.
+    name = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else value
+    known = _WITH_OPTIONS if isinstance(value, dict) else ("filter_success", *FLIPS)
+    if not isinstance(value, BaseModel) and name not in known:
         raise ValueError(
             f"unknown mod {value!r}; there are filter_success, flip_image_channels, "
             "flip_wrist_image_channels, {flip_channels: [CAMERA, …]} and {resize: PIXELS}"
@@ -48,4 +51,17 @@ def _known(value: object) -> object:
     return value
 
 
-Mod = Annotated[FilterSuccess | FlipName | FlipChannels | Resize, BeforeValidator(_known)]
+def _kind(value: object) -> str:
+    if isinstance(value, (dict, BaseModel)):
+        return next(iter(value if isinstance(value, dict) else type(value).model_fields))
+    return "name"
+
+
+_WITH_OPTIONS = ("flip_channels", "resize")
+Mod = Annotated[
+    Annotated[FilterSuccess | FlipName, Tag("name")]
+    | Annotated[FlipChannels, Tag("flip_channels")]
+    | Annotated[Resize, Tag("resize")],
+    Discriminator(_kind),
+    BeforeValidator(_known),
+]

@@ -148,7 +148,8 @@ def parse_features(text: str, where: str) -> FeatureTree:
 
 
 def _children(node: dict[str, Any]) -> dict[str, Any]:
-    return dict(node["featuresDict"]["features"])
+    # TFDS writes an empty FeaturesDict without its "features".
+    return dict(node["featuresDict"].get("features", {}))
 
 
 def _leaves(children: dict[str, Any], above: Key = ()) -> dict[Key, Feature]:

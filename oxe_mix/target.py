@@ -148,7 +148,7 @@ class LocalTarget:
     def sizes(self, folder: str) -> dict[str, int]:
         """See Target."""
         found: dict[str, int] = {}
-        for parent, _, files in os.walk(self.path(folder)):
+        for parent, _, files in os.walk(self.path(folder) if folder else self.root):
             for file in files:
                 path = Path(parent, file)
                 # A file may be renamed while we look.
@@ -229,7 +229,7 @@ class BucketTarget:
     def sizes(self, folder: str) -> dict[str, int]:
         """See Target."""
         filesystem, path = self._at(folder)
-        root = path.removesuffix(folder)
+        root = path.removesuffix(folder).rstrip("/") + "/"
         filesystem.invalidate_cache()
         found = filesystem.find(path, detail=True)
         return {name.removeprefix(root): int(entry["size"]) for name, entry in found.items()}
@@ -272,7 +272,7 @@ class BucketTarget:
 
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         try:
-            filesystem, path = fsspec.core.url_to_fs(f"{self.root}/{safe(name)}")
+            filesystem, path = fsspec.core.url_to_fs(f"{self.root}/{safe(name)}" if name else self.root)
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.root}: cannot be opened ({error}); expected a folder or gs://") from error
         return filesystem, str(path)

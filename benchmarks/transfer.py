@@ -1,0 +1,154 @@
+"""Stage 1 beside curl and cp: rate and memory, on loopback, in one run; start-up excluded on both sides.
+
+python benchmarks/transfer.py [GB]   writes benchmarks/results/DATE-transfer.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.hardware import describe, result_file
+from oxe_mix.cards import load_cards
+from oxe_mix.files import write_json
+from oxe_mix.mix import DatasetSpec, Mix
+from oxe_mix.plan import plan_download
+from oxe_mix.schedule import schedule
+from oxe_mix.source_file import Patience
+from oxe_mix.synth.features import save_features
+from oxe_mix.target import open_target
+from oxe_mix.tfrecord import FRAME_BYTES, frame
+from pipelines.download import Batch, FetchBatch
+from tests.servers import gcs_emulator, upload
+
+SHARDS, RECORD, CONNECTIONS, ROUNDS = 16, 4_000_000, 4, 3
+
+
+def main() -> None:
+    """Run all of it and write the result."""
+    num_bytes = float(sys.argv[1] if len(sys.argv) > 1 else 2.1) * 1e9
+    with tempfile.TemporaryDirectory(prefix="oxe-mix-bench-") as folder:
+        root = Path(folder)
+        big = _bucket(root / "big", 1, num_bytes)
+        memory = _memory(big, root / "one")
+        shutil.rmtree(big)
+        bucket = _bucket(root / "bucket", SHARDS, num_bytes)
+        result = {"hardware": describe(), "gigabytes": num_bytes / 1e9, "connections": CONNECTIONS}
+        result["memory"] = memory
+        result["file"] = _compare("cp", lambda out: _cp(bucket, out), str(bucket), root)
+        with gcs_emulator() as endpoint:
+            upload(endpoint, "openx", bucket)
+            os.environ["STORAGE_EMULATOR_HOST"] = endpoint
+            urls = [f"{endpoint}/download/storage/v1/b/openx/o/{_key(f)}?alt=media" for f in _shards(bucket)]
+            result["http"] = _compare("curl", lambda out: _curl(urls, out), "gs://openx", root)
+        write_json(result_file("transfer"), result)
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+
+
+def _bucket(root: Path, num_shards: int, num_bytes: float) -> Path:
+    """One dataset of random records under viola's features: its records are never parsed."""
+    folder = root / "viola/0.1.0"
+    folder.mkdir(parents=True)
+    save_features("viola", folder)
+    per_shard = max(1, round(num_bytes / num_shards / RECORD))
+    rng = np.random.default_rng(0)
+    for index in range(num_shards):
+        name = f"viola-train.tfrecord-{index:05d}-of-{num_shards:05d}"
+        with (folder / name).open("wb") as stream:
+            for _ in range(per_shard):
+                stream.write(frame(rng.bytes(RECORD)))
+    lengths = [str(per_shard)] * num_shards
+    split = {"name": "train", "shardLengths": lengths, "numBytes": str(per_shard * num_shards * RECORD)}
+    write_json(folder / "dataset_info.json", {"name": "viola", "version": "0.1.0", "splits": [split]})
+    return root
+
+
+def _shards(bucket: Path) -> list[Path]:
+    return sorted((bucket / "viola/0.1.0").glob("*.tfrecord-*"))
+
+
+def _key(file: Path) -> str:
+    return f"viola%2F0.1.0%2F{file.name}"
+
+
+def _compare(other: str, reference: Callable[[Path], None], source: str, root: Path) -> dict[str, object]:
+    """Both in turn, so that neither has the quieter machine; the files of each round are removed."""
+    ours, theirs, size = [], [], 0
+    for _ in range(ROUNDS):
+        for seconds, run in ((theirs, reference), (ours, lambda out: _ours(source, out))):
+            out = root / "out"
+            out.mkdir()
+            start = time.monotonic()
+            run(out)
+            seconds.append(time.monotonic() - start)
+            size = sum(f.stat().st_size for f in out.rglob("*.tfrecord*") if f.suffix != ".json")
+            shutil.rmtree(out)
+    rate = {"oxe-mix": _rates(ours, size), other: _rates(theirs, size)}
+    ratio = statistics.median(theirs) / statistics.median(ours)
+    return {"megabytes_per_s": rate, f"rate beside {other}": round(ratio, 2)}
+
+
+def _rates(seconds: list[float], size: int) -> list[int]:
+    return [round(size / 1e6 / s) for s in seconds]
+
+
+def _ours(source: str, out: Path) -> None:
+    """The worker's own function, as Beam calls it."""
+    tasks = _tasks(source, out)
+    results = list(FetchBatch(Patience()).process(Batch(tuple(tasks), CONNECTIONS)))
+    assert all("report" in result for result in results), results
+
+
+def _tasks(source: str, out: Path) -> Iterator:
+    spec = DatasetSpec(name="viola", version="0.1.0", fraction=1.0)
+    mix = Mix(name="bench", source=source, datasets=(spec,))
+    plans = plan_download(mix, load_cards(), Patience())
+    return [one.task for one in schedule(plans, open_target(out), None)]
+
+
+def _curl(urls: list[str], out: Path) -> None:
+    targets = [part for i, url in enumerate(urls) for part in ("-o", str(out / f"{i}.tfrecord-x"), url)]
+    command = ["curl", "--silent", "--fail", "--parallel", "--parallel-max", str(CONNECTIONS), *targets]
+    subprocess.run(command, check=True)
+
+
+def _cp(bucket: Path, out: Path) -> None:
+    subprocess.run(["cp", "-r", str(bucket), str(out)], check=True)
+
+
+def _memory(bucket: Path, out: Path) -> dict[str, object]:
+    """Peak memory of a process that fetches one great shard, above what its imports cost."""
+    code = (
+        "import resource, sys; from benchmarks import transfer; from pathlib import Path\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3\n"
+        "tasks = transfer._tasks(sys.argv[1], Path(sys.argv[2])); before = peak()\n"
+        "list(transfer.FetchBatch(transfer.Patience()).process(transfer.Batch(tuple(tasks), 1)))\n"
+        "print(before, peak())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bucket), str(out)], check=True, capture_output=True, text=True
+    )
+    before, after = map(float, done.stdout.split())
+    shard = _shards(bucket)[0].stat().st_size
+    shutil.rmtree(out)
+    return {
+        "shard_gb": round(shard / 1e9, 2),
+        "imports_mb": round(before),
+        "above_mb": round(after - before, 1),
+    }
+
+
+if __name__ == "__main__":
+    assert FRAME_BYTES and resource
+    main()
