@@ -117,16 +117,30 @@ def convert(
 @app.command()
 def synth(
     out: Annotated[Path, typer.Option(help="Folder for the bucket.")],
-    episodes: Annotated[int, typer.Option(min=6, help="Episodes in all, spread over six datasets.")] = 240,
+    mix: Annotated[
+        Path | None, typer.Option(help="Make every dataset of this mix, not the six that can be learnt.")
+    ] = None,
+    episodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Episodes in all, spread over six datasets (240); with --mix, of each train split (40).",
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(min=1, help="Shards of each train split (5); with --mix (16).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
     workers: Workers = None,
 ) -> None:
     """Make an Open-X bucket of our own: six datasets in their true layouts, showing a tabletop world one can
-    learn.
+    learn; or every dataset of a mix, the others with random values.
     """
     from oxe_mix.synth.bucket import run_synth
+    from oxe_mix.synth.plan import SynthOptions
 
-    raise typer.Exit(run_synth(out, episodes=episodes, seed=seed, workers=workers))
+    options = SynthOptions(out=out, mix=mix, episodes=episodes, shards=shards, seed=seed, workers=workers)
+    raise typer.Exit(run_synth(options))
 
 
 @app.command()

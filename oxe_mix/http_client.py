@@ -5,6 +5,7 @@ gcsfs's own reading reaches two thirds of curl's rate, a pool of plain connectio
 
 from __future__ import annotations
 
+import http.client
 import os
 import ssl
 import threading
@@ -94,7 +95,8 @@ def _http_chunks(response: Any, start: int) -> Iterator[bytes]:
     # A server that does not know ranges sends the file from its first byte.
     skip = start if response.status == 200 else 0
     try:
-        while chunk := response.read(CHUNK):
+        # read1: what has come, not a whole chunk, or a broken connection would take up to a chunk with it.
+        while chunk := response.read1(CHUNK):
             if skip:
                 skip, chunk = max(0, skip - len(chunk)), chunk[skip:]
             if chunk:
@@ -108,7 +110,10 @@ def _reason(error: BaseException) -> str:
 
     if isinstance(error, urllib3.exceptions.ReadTimeoutError):
         return "the server fell silent"
-    if isinstance(error, urllib3.exceptions.IncompleteRead):
+    causes = (error, *error.args)
+    if any(
+        isinstance(cause, (urllib3.exceptions.IncompleteRead, http.client.IncompleteRead)) for cause in causes
+    ):
         return "the connection closed early"
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
