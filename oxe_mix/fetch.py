@@ -102,15 +102,15 @@ class _Work:
         self._origin.unlink(missing_ok=True)
 
     def _fetch_from(self, url: str) -> RecordScanner:
-        failures = 0
+        failures, reached = 0, -1
         while True:
             scanner = self._resume(url)
-            start = scanner.end
+            failures, reached = (0 if scanner.end > reached else failures), scanner.end
             try:
                 self._attempt(url, scanner)
                 return scanner
             except (TransientError, TFRecordError) as error:
-                failures = 1 if scanner.end > start else failures + 1
+                failures += 1
                 if failures > self._tries(url, error):
                     raise self._given_up(url, error) from error
                 self._log_retry(url, error)
@@ -157,10 +157,13 @@ class _Work:
                 with open_range(url, start, end, self._patience.stall_s) as stream:
                     self._prove_same(url, stream.file)
                     for chunk in stream.chunks:
+                        # Written before it is proved: what is good of it is kept when the rest is not.
+                        out.write(chunk)
                         used = scanner.feed(chunk)
-                        out.write(chunk if used == len(chunk) else chunk[:used])
                         self.fetched_bytes += used
-                        if used < len(chunk) or (scanner.full and not whole):
+                        if used < len(chunk):
+                            out.truncate(out.tell() - len(chunk) + used)
+                        if scanner.full and (used < len(chunk) or not whole):
                             break
                 if out.tell() == start:
                     break

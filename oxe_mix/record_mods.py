@@ -1,7 +1,7 @@
 """The mods of a mix, applied to one record: an episode is kept or dropped, its frames are changed or not.
 
 A record that no mod changes keeps its bytes, and so does a frame. Frames are decoded only where a channel
-flip or a resize is due, and encoded once, as they came: JPEG at quality 95 without chroma subsampling, or PNG.
+flip or a resize is due, and encoded once, as they came: JPEG at quality 95 with full chroma, or PNG.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class _Run:
         say(
             f"asked {count(taken, 'episode')} in {count(shards, 'shard')}, done {left:,}, {dropped}; "
             f"fetched {count(len(reports), 'shard')}, {size(fetched)}, {seconds:.1f} s"
-            + (f", {retries} retries" if retries else "")
+            + (f", retries {retries}" if retries else "")
         )
         say(f"result: {self.target.root}\nnext: {_next(self.target)}")
 

@@ -109,6 +109,11 @@ def seeded_faults(seed: int, kinds: tuple[str, ...], per_path: int = 2, rate: fl
     return plan
 
 
+def fault_at(part: str, fault: str, times: int = 1 << 30) -> Plan:
+    """One fault for every path that has `part` in it, the first `times` times it is asked for."""
+    return lambda path, before: fault if part in path and before < times else None
+
+
 @dataclass
 class Request:
     """What the proxy was asked for."""

@@ -226,7 +226,7 @@ def test_other_mods_into_the_same_folder_are_refused(bucket: Path, tmp_path: Pat
 def test_convert_applies_the_mods_that_the_download_did_not_and_none_twice(
     half_failed: Path, tmp_path: Path
 ) -> None:
-    """Mods by the download, or by the conversion of a folder without a lock: the same frames, the same text."""
+    """Mods by the download, or by the conversion of a folder without a lock: the same frames."""
     mix = _mix(tmp_path, "kuka", "0.1.0", "filter_success, flip_image_channels")
     with_mods, raw = tmp_path / "with", tmp_path / "raw"
     _download(mix, half_failed, with_mods)
