@@ -30,7 +30,8 @@ from oxe_mix.synth.features import save_features
 from oxe_mix.target import open_target
 from oxe_mix.tfrecord import FRAME_BYTES, frame
 from pipelines.download import Batch, FetchBatch
-from tests.servers import gcs_emulator, upload
+from tests.loopback import BUCKET, upload
+from tests.servers import strict_bucket
 
 SHARDS, RECORD, CONNECTIONS, ROUNDS = 16, 4_000_000, 4, 3
 
@@ -47,11 +48,13 @@ def main() -> None:
         result = {"hardware": describe(), "gigabytes": num_bytes / 1e9, "connections": CONNECTIONS}
         result["memory"] = memory
         result["file"] = _compare("cp", lambda out: _cp(bucket, out), str(bucket), root)
-        with gcs_emulator() as endpoint:
-            upload(endpoint, "openx", bucket)
+        with strict_bucket() as endpoint:
+            upload(endpoint, bucket)
             os.environ["STORAGE_EMULATOR_HOST"] = endpoint
-            urls = [f"{endpoint}/download/storage/v1/b/openx/o/{_key(f)}?alt=media" for f in _shards(bucket)]
-            result["http"] = _compare("curl", lambda out: _curl(urls, out), "gs://openx", root)
+            urls = [
+                f"{endpoint}/download/storage/v1/b/{BUCKET}/o/{_key(f)}?alt=media" for f in _shards(bucket)
+            ]
+            result["http"] = _compare("curl", lambda out: _curl(urls, out), f"gs://{BUCKET}", root)
         write_json(result_file("transfer"), result)
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
 

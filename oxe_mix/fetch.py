@@ -27,10 +27,11 @@ from oxe_mix.source_file import (
     pause,
     scheme,
 )
-from oxe_mix.target import open_target, writing
+from oxe_mix.target import open_target
 from oxe_mix.text import count
 from oxe_mix.tfrecord import RecordScanner, TFRecordError, frame, read_records
 from oxe_mix.transport import open_range
+from oxe_mix.writing import writing
 
 RETRIES_LOG = f"{PARTIAL}/retries.log"
 # A shard that is taken in part is asked for in ranges: what its episodes should weigh and a little more.

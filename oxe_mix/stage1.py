@@ -22,7 +22,7 @@ from oxe_mix.progress import Goal, Sample, progress
 from oxe_mix.schedule import Scheduled, find_files, schedule
 from oxe_mix.shards import PARTIAL, ShardReport
 from oxe_mix.source_file import Patience
-from oxe_mix.target import Target, open_target
+from oxe_mix.target import Target, next_step, open_target
 from oxe_mix.text import complain, count, say, size, warn
 
 
@@ -82,7 +82,7 @@ def _nothing_to_do(options: DownloadOptions, target: Target, mix: Mix) -> int:
         say(json.dumps({"event": "done", "result": target.root, "fetched_shards": 0, "missing": []}))
     else:
         words = "is already here, whole; nothing to do"
-        say(f"{target.root}: mix {mix.name!r} {words}\nnext: {_next(target)}")
+        say(f"{target.root}: mix {mix.name!r} {words}\nnext: {next_step(target.root)}")
     return 0
 
 
@@ -171,7 +171,7 @@ class _Run:
             f"fetched {count(len(reports), 'shard')}, {size(fetched)}, {seconds:.1f} s"
             + (f", retries {retries}" if retries else "")
         )
-        say(f"result: {self.target.root}\nnext: {_next(self.target)}")
+        say(f"result: {self.target.root}\nnext: {next_step(self.target.root)}")
 
 
 def _is_whole(lock: Lock, mix: Mix, target: Target) -> bool:
@@ -218,7 +218,3 @@ def _waiting(target: Target) -> Sample:
 def _absolute(place: str) -> str:
     """A folder given relative to the working folder means the same place wherever it is read later."""
     return place if "://" in place else str(Path(place).resolve())
-
-
-def _next(target: Target) -> str:
-    return f"oxe-mix convert --to llava --data {target.root}"

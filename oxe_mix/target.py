@@ -6,7 +6,6 @@ Files in it are whole or absent. Names are relative to the target, with slashes,
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import json
 import os
@@ -22,9 +21,7 @@ from typing import Any, BinaryIO, Protocol, cast
 
 from oxe_mix.errors import UserError
 from oxe_mix.files import BUSY_FILE, atomic_write, folder_lock, sweep, sync
-from oxe_mix.rlds import SAFE_NAME
-
-_OURS = (".partial", BUSY_FILE)
+from oxe_mix.writing import safe, writing
 
 
 class Target(Protocol):
@@ -79,14 +76,11 @@ def open_target(out: str | Path) -> Target:
     return LocalTarget(text.removeprefix("file://"))
 
 
-def safe(name: str) -> str:
-    """A name below a target, as it is. Raises: UserError when a part of it could lead elsewhere."""
-    for part in name.split("/"):
-        if not SAFE_NAME.fullmatch(part) and not part.startswith(_OURS):
-            raise UserError(
-                f"{name!r}: {part!r} is no name for a file; only letters, digits, '-', '_' and '.'"
-            )
-    return name
+def next_step(root: str) -> str:
+    """What to type after a download into `root`: conversion reads a folder, not a bucket."""
+    if "://" not in root:
+        return f"oxe-mix convert --to llava --data {root}"
+    return f"copy or mount {root} as a folder DATA, then oxe-mix convert --to llava --data DATA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +211,9 @@ class BucketTarget:
         """See Target."""
         filesystem, path = self._at(old)
         with writing(self.root):
-            filesystem.mv(path, self._at(new)[1])
+            # Not mv: gcsfs would first try an interface that many stores do not have, for a minute.
+            filesystem.cp_file(path, self._at(new)[1])
+            filesystem.rm_file(path)
 
     def remove(self, name: str) -> None:
         """See Target."""
@@ -251,6 +247,9 @@ class BucketTarget:
         filesystem, path = self._at(BUSY_FILE)
         who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         try:
+            # Some stores do not keep to `create`, so look as well.
+            if self.read(BUSY_FILE) is not None:
+                raise FileExistsError
             filesystem.pipe_file(path, json.dumps(who).encode(), mode="create")
         except FileExistsError as error:
             other = (self.read(BUSY_FILE) or b"").decode()
@@ -276,24 +275,3 @@ class BucketTarget:
         except (ImportError, ValueError) as error:
             raise UserError(f"{self.root}: cannot be opened ({error}); expected a folder or gs://") from error
         return filesystem, str(path)
-
-
-@contextmanager
-def writing(root: str) -> Iterator[None]:
-    """Say what it means for the user when a target cannot be written. Raises: TargetError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TargetError(
-                f"{root}: the disk is full; free some space and run again: what is whole is kept"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise TargetError(
-                f"{root}: cannot write here ({error.strerror}); choose another --out"
-            ) from error
-        raise
-
-
-class TargetError(UserError):
-    """The target cannot be written; going on with other files would not help."""

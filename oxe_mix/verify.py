@@ -21,7 +21,7 @@ from oxe_mix.lock import LOCK_FILE, Lock, LockedShard, parse_lock
 from oxe_mix.progress import Goal, Sample, progress
 from oxe_mix.rlds import FEATURES_FILE, INFO_FILE, DatasetInfo, parse_dataset_info, parse_features
 from oxe_mix.source_file import CHUNK
-from oxe_mix.target import Target, open_target
+from oxe_mix.target import Target, next_step, open_target
 from oxe_mix.text import complain, count, say, size, table
 from oxe_mix.tfrecord import FRAME_BYTES, RecordScanner, TFRecordError
 
@@ -74,7 +74,7 @@ def run_verify(data: str, cards_folder: Path | None, jobs: int, *, as_json: bool
         f"{count(len(problems), 'problem')}, {time.monotonic() - start:.1f} s"
     )
     mend = "remove the files named above and run oxe-mix download again: it fetches only what is missing"
-    say(f"next: {mend if problems else f'oxe-mix convert --to llava --data {data}'}")
+    say(f"next: {mend if problems else next_step(data)}")
     return int(bool(problems))
 
 

@@ -15,7 +15,7 @@ from oxe_mix.errors import UserError
 from oxe_mix.fetch import fetch_shard
 from oxe_mix.shards import PARTIAL, ShardReport, ShardTask, report_from_json
 from oxe_mix.source_file import Patience
-from oxe_mix.target import TargetError
+from oxe_mix.writing import TargetError
 from pipelines.runner import default_workers, run_and_collect
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from oxe_mix.errors import UserError
 from oxe_mix.target import open_target
 
 _BYTES_PER_WORKER = 256 << 20
+_LONGEST_JOB_S = 30 * 24 * 3600
 
 
 def run_and_collect(
@@ -31,14 +33,24 @@ def run_and_collect(
 ) -> list[dict[str, Any]]:
     """Run a graph whose end is a collection of small JSON objects, and return them, in no order.
 
-    They come back through a file in `shared`, a folder that all workers reach. Locally the graph runs in this
-    process, or in `workers` processes. The local runner is named: plain DirectRunner in Beam 2.77 first tries
-    to start Prism, which may download a binary.
+    They come back through a file: on a cluster in `shared`, a folder that all workers reach, else in a
+    temporary one, since the disk of `shared` may be what is full. Locally the graph runs in this process, or
+    in `workers` processes. The local runner is named: plain DirectRunner in Beam 2.77 first tries to start
+    Prism, which may download a binary.
     """
     # Beam tells every change of its workers' state at INFO and WARNING; what matters comes as an exception.
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
+    if engine.runner == LOCAL:
+        with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder:
+            return _run(build, _pipeline(engine, workers), folder)
+    return _run(build, _pipeline(engine, workers), shared)
+
+
+def _run(
+    build: Callable[[beam.Pipeline], beam.PCollection[dict[str, Any]]], pipeline: beam.Pipeline, shared: str
+) -> list[dict[str, Any]]:
     name = f"reports-{uuid.uuid4().hex}.json"
-    with _pipeline(engine, workers) as pipeline:
+    with pipeline:
         _ = build(pipeline) | beam.combiners.ToList() | beam.Map(_write, shared, name)
     target = open_target(shared)
     text = target.read(name)
@@ -53,8 +65,11 @@ def run_and_collect(
 
 def _pipeline(engine: Engine, workers: int) -> beam.Pipeline:
     if engine.runner != LOCAL:
+        # Beam 2.77 watches a portable job through a stream with this deadline, 300 s if not given: a longer
+        # job would go on while the command fails.
+        flags = [f"--job_server_timeout={_LONGEST_JOB_S}", *engine.flags]
         try:
-            return beam.Pipeline(runner=engine.runner, options=PipelineOptions(list(engine.flags)))
+            return beam.Pipeline(runner=engine.runner, options=PipelineOptions(flags))
         except (ValueError, ImportError, AttributeError) as error:
             raise UserError(f"--runner {engine.runner}: {error}") from error
     processes = None

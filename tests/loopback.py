@@ -1,4 +1,4 @@
-"""Real servers on loopback for the tests: an object store, a proxy that injures its answers, a web server."""
+"""On loopback for the tests: a proxy that injures answers, a web server; processes are in `tests.servers`."""
 
 from __future__ import annotations
 
@@ -65,22 +65,6 @@ def server_process(port: int, *command: str, env: dict[str, str] | None = None) 
         process.wait()
 
 
-@contextmanager
-def object_store() -> Iterator[str]:
-    """A GCS emulator with one empty bucket, in memory; yields its endpoint."""
-    port = free_port()
-    command = (
-        "gcp_storage_emulator",
-        "start",
-        "--host=127.0.0.1",
-        f"--port={port}",
-        "--in-memory",
-        "--quiet",
-    )
-    with server_process(port, *command, f"--default-bucket={BUCKET}"):
-        yield f"http://127.0.0.1:{port}"
-
-
 def upload(endpoint: str, folder: Path) -> None:
     """Put a folder tree into the emulator's bucket."""
     pool = urllib3.PoolManager(maxsize=8)
@@ -139,7 +123,7 @@ class FaultProxy:
 
     def __enter__(self) -> FaultProxy:
         handler = functools.partial(_Proxy, self)
-        self._server = _Server(("127.0.0.1", 0), handler)  # type: ignore[arg-type]
+        self._server = _Server(("127.0.0.1", 0), handler)
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()

@@ -37,7 +37,7 @@ def _mix(tmp_path: Path, viola: float = 0.5, bridge: float = 0.4, seed: int = 0)
     return file
 
 
-def _download(mix: Path, bucket: Path, out: Path, *more: str, code: int = 0) -> str:
+def _download(mix: Path, bucket: Path | str, out: Path, *more: str, code: int = 0) -> str:
     done = run(
         OXE_MIX,
         "download",

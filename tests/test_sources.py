@@ -13,7 +13,8 @@ import pytest
 
 from oxe_mix.lock import read_lock
 from tests.conftest import OXE_MIX
-from tests.loopback import BUCKET, FaultProxy, fault_at, object_store, seeded_faults, upload, web_server
+from tests.loopback import BUCKET, FaultProxy, fault_at, seeded_faults, upload, web_server
+from tests.servers import strict_bucket
 from tests.test_download import _content, _download, _mix
 
 PASSING = ("503", "429", "reset", "truncated", "wrong_bytes", "stall")
@@ -22,7 +23,7 @@ PASSING = ("503", "429", "reset", "truncated", "wrong_bytes", "stall")
 @pytest.fixture(scope="module")
 def store(bucket: Path) -> Iterator[str]:
     """The synthetic bucket in an object store."""
-    with object_store() as endpoint:
+    with strict_bucket() as endpoint:
         upload(endpoint, bucket)
         yield endpoint
 
@@ -188,7 +189,7 @@ def test_an_object_that_changed_since_the_lock_is_refused(bucket: Path, tmp_path
     mix = tmp_path / "mix.yaml"
     text = "name: m\ndatasets:\n- {name: viola, version: 0.1.0, fraction: 0.5}\n"
     mix.write_text(text)
-    with object_store() as endpoint:
+    with strict_bucket() as endpoint:
         upload(endpoint, source)
         _from_store(endpoint, mix, out)
         before = _content(out)
