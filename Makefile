@@ -22,7 +22,8 @@ train: setup
 	@$(BIN)/python -m train_llava.launch --config $(CONFIG) --nproc $(NPROC) --llava $(LLAVA) $(if $(RUN),--run $(RUN))
 
 bench: setup
-	@$(BIN)/python benchmarks/three_seeds.py $(SEEDS)
+	@$(BIN)/python -m benchmarks.three_seeds $(SEEDS)
+	@$(BIN)/python -m benchmarks.transfer
 
 lint: setup
 	@$(BIN)/ruff format --check .

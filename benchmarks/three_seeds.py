@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results import write_result
 from oxe_mix.text import say, table
 
-_RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "deepspeed", "apache-beam", "tensorflow-datasets", "numpy", "pillow")
 
 
@@ -38,10 +34,7 @@ def main() -> None:
     )
     text = table(header, rows)
     say("\n" + text)
-    _RESULTS.mkdir(exist_ok=True)
-    file = _RESULTS / f"{datetime.datetime.now(datetime.UTC).date()}-three-seeds.json"
-    file.write_text(json.dumps({"machine": _machine(), "seeds": reports}, indent=1) + "\n")
-    say(f"result: {file}")
+    say(f"result: {write_result('three-seeds', _PACKAGES, {'seeds': reports})}")
 
 
 def _run(seed: int) -> dict[str, Any]:
@@ -64,16 +57,6 @@ def _row(seed: int, report: dict[str, Any]) -> tuple[str, ...]:
         f"{exact:.1%}",
         f"{report['train_seconds']:.0f}",
     )
-
-
-def _machine() -> dict[str, Any]:
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": model[0].partition(":")[2].strip() if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
 
 
 if __name__ == "__main__":

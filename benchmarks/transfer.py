@@ -5,35 +5,37 @@ python benchmarks/transfer.py [GB]   writes benchmarks/results/DATE-transfer.jso
 
 from __future__ import annotations
 
-import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from benchmarks.hardware import describe, result_file
+from benchmarks.results import write_result
 from oxe_mix.cards import load_cards
 from oxe_mix.files import write_json
-from oxe_mix.mix import DatasetSpec, Mix
+from oxe_mix.mix import DatasetSpec, Mix, load_mix
 from oxe_mix.plan import plan_download
 from oxe_mix.schedule import schedule
+from oxe_mix.shards import ShardTask
 from oxe_mix.source_file import Patience
 from oxe_mix.synth.features import save_features
 from oxe_mix.target import open_target
-from oxe_mix.tfrecord import FRAME_BYTES, frame
+from oxe_mix.text import say
+from oxe_mix.tfrecord import frame
 from pipelines.download import Batch, FetchBatch
 from tests.loopback import BUCKET, upload
 from tests.servers import strict_bucket
 
 SHARDS, RECORD, CONNECTIONS, ROUNDS = 16, 4_000_000, 4, 3
+PACKED = {"kuka": 1024, "language_table": 1024}  # shards assumed for the dry run; 256 for all others
 
 
 def main() -> None:
@@ -45,8 +47,7 @@ def main() -> None:
         memory = _memory(big, root / "one")
         shutil.rmtree(big)
         bucket = _bucket(root / "bucket", SHARDS, num_bytes)
-        result = {"hardware": describe(), "gigabytes": num_bytes / 1e9, "connections": CONNECTIONS}
-        result["memory"] = memory
+        result: dict[str, Any] = {"gigabytes": num_bytes / 1e9, "connections": CONNECTIONS, "memory": memory}
         result["file"] = _compare("cp", lambda out: _cp(bucket, out), str(bucket), root)
         with strict_bucket() as endpoint:
             upload(endpoint, bucket)
@@ -55,8 +56,9 @@ def main() -> None:
                 f"{endpoint}/download/storage/v1/b/{BUCKET}/o/{_key(f)}?alt=media" for f in _shards(bucket)
             ]
             result["http"] = _compare("curl", lambda out: _curl(urls, out), f"gs://{BUCKET}", root)
-        write_json(result_file("transfer"), result)
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+            result["dry_run"] = _dry_run(root / "many", endpoint)
+        file = write_result("transfer", ("urllib3", "gcsfs", "fsspec", "google-crc32c"), result)
+        say(f"{file.read_text()}result: {file}")
 
 
 def _bucket(root: Path, num_shards: int, num_bytes: float) -> Path:
@@ -87,7 +89,9 @@ def _key(file: Path) -> str:
 
 def _compare(other: str, reference: Callable[[Path], None], source: str, root: Path) -> dict[str, object]:
     """Both in turn, so that neither has the quieter machine; the files of each round are removed."""
-    ours, theirs, size = [], [], 0
+    ours: list[float] = []
+    theirs: list[float] = []
+    size = 0
     for _ in range(ROUNDS):
         for seconds, run in ((theirs, reference), (ours, lambda out: _ours(source, out))):
             out = root / "out"
@@ -113,7 +117,7 @@ def _ours(source: str, out: Path) -> None:
     assert all("report" in result for result in results), results
 
 
-def _tasks(source: str, out: Path) -> Iterator:
+def _tasks(source: str, out: Path) -> list[ShardTask]:
     spec = DatasetSpec(name="viola", version="0.1.0", fraction=1.0)
     mix = Mix(name="bench", source=source, datasets=(spec,))
     plans = plan_download(mix, load_cards(), Patience())
@@ -128,6 +132,32 @@ def _curl(urls: list[str], out: Path) -> None:
 
 def _cp(bucket: Path, out: Path) -> None:
     subprocess.run(["cp", "-r", str(bucket), str(out)], check=True)
+
+
+def _dry_run(folder: Path, endpoint: str) -> dict[str, Any]:
+    """`--dry-run` of the default mix as a user types it, start-up included; the objects are tiny."""
+    cards = load_cards()
+    mix = load_mix(Path("default.yaml"), cards)
+    num = 0
+    for spec in mix.datasets:
+        name = cards.get(spec.name).names[-1] if spec.name == "bridge_orig" else spec.name
+        build = folder / name / spec.version
+        build.mkdir(parents=True)
+        save_features(spec.name, build)
+        shards = PACKED.get(spec.name, 256)
+        for index in range(shards):
+            (build / f"{name}-train.tfrecord-{index:05d}-of-{shards:05d}").write_bytes(b"x")
+        split = {"name": "train", "shardLengths": ["40"] * shards, "numBytes": str(shards)}
+        write_json(build / "dataset_info.json", {"name": name, "version": spec.version, "splits": [split]})
+        num += shards
+    upload(endpoint, folder)
+    command = ["oxe-mix", "download", "--mix", "default.yaml", "--source", f"gs://{BUCKET}", "--dry-run"]
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.monotonic()
+        subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
+        seconds.append(round(time.monotonic() - start, 2))
+    return {"datasets": len(mix.datasets), "objects": num, "shards": "assumed", "seconds": seconds}
 
 
 def _memory(bucket: Path, out: Path) -> dict[str, object]:
@@ -153,5 +183,4 @@ def _memory(bucket: Path, out: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    assert FRAME_BYTES and resource
     main()

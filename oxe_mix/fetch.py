@@ -7,7 +7,6 @@ gets a note of what was proved about it, which the next run trusts until the loc
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from contextlib import suppress
@@ -46,6 +45,9 @@ def fetch_shard(task: ShardTask, patience: Patience) -> ShardReport:
         address; TargetError when the target cannot be written.
     """
     target = open_target(task.out)
+    if task.noted is not None and _still_whole(task, task.noted):
+        target.write(task.note, task.note_of(task.noted))
+        return task.noted
     folder, _, stem = task.name.rpartition("/")
     with target.workspace(folder) as workspace, writing(task.out):
         work = _Work(task, patience, workspace / f"{stem}.part")
@@ -67,10 +69,19 @@ def fetch_shard(task: ShardTask, patience: Patience) -> ShardReport:
             retries=work.retries,
         )
         # The note first: a kill between the two leaves a whole part, which costs one reading to prove again.
-        target.write(task.note, json.dumps({**task.identity, "report": asdict(report)}).encode())
+        target.write(task.note, task.note_of(report))
         target.place(file, task.name)
         work.clean_up()
     return report
+
+
+def _still_whole(task: ShardTask, noted: ShardReport) -> bool:
+    """Read a finished shard again, after the machine has started anew."""
+    scanner = RecordScanner(task.name)
+    with open_target(task.out).open(task.name) as stream, suppress(TFRecordError):
+        while chunk := stream.read(CHUNK):
+            scanner.feed(chunk)
+    return (scanner.end, f"{scanner.crc:08x}") == (noted.num_bytes, noted.crc32c)
 
 
 class _Work:

@@ -36,12 +36,6 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def sweep(*folders: Path) -> None:
     """Remove what a killed `atomic_write` left in these folders; only for who holds their lock."""
     for folder in folders:

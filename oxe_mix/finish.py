@@ -37,6 +37,10 @@ def finish_download(mix: Mix, plans: list[SplitPlan], shards: list[Scheduled], t
     }
     for plan in plans:
         _refuse_empty(plan, of_split[id(plan)])
+    # Flushed here and not one by one as they come: workers would wait for the disk instead of the network.
+    for one in shards:
+        if one.file is not None and one.file.startswith(PARTIAL):
+            target.flush(one.file)
     datasets = []
     for name in dict.fromkeys(plan.spec.name for plan in plans):
         own = [plan for plan in plans if plan.spec.name == name]

@@ -104,10 +104,14 @@ def _of_size(files: dict[str, int], num_bytes: int) -> str | None:
 
 def _look_up(task: ShardTask, old: LockedShard | None, here: dict[str, int], target: Target) -> Scheduled:
     if task.note in here:
-        report = read_note(task, target.read(task.note) or b"")
-        file = _of_size(here, report.num_bytes) if report else None
-        if file is not None:
-            return Scheduled(task, report, file)
+        noted = read_note(task, target.read(task.note) or b"")
+        file = _of_size(here, noted[0].num_bytes) if noted else None
+        if noted is not None and file is not None:
+            report, trusted = noted
+            # A file that has its final name was flushed before it got it.
+            if trusted or file != task.name:
+                return Scheduled(task, report, file)
+            return Scheduled(replace(task, noted=report))
     if old is None:
         return Scheduled(task)
     source = SourceFile(old.source_bytes, old.source_check)

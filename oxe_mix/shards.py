@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from oxe_mix.record_mods import RecordMods
@@ -33,6 +34,7 @@ class ShardTask:
     final: str  # below it: its file name in the dataset's folder, up to the number of shards
     mods: RecordMods = field(default_factory=RecordMods)
     prefix: str | None = None  # below the target: a file with the shard's first records, of an earlier mix
+    noted: ShardReport | None = None  # of a run before the machine last started; the disk may have lost it
 
     @property
     def note(self) -> str:
@@ -48,6 +50,10 @@ class ShardTask:
             "taken": self.episodes,
             "mods": asdict(self.mods),
         }
+
+    def note_of(self, report: ShardReport) -> bytes:
+        """The note to leave about this shard."""
+        return json.dumps({**self.identity, "boot": boot_id(), "report": asdict(report)}).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +72,25 @@ class ShardReport:
     retries: int = 0
 
 
-def read_note(task: ShardTask, text: bytes) -> ShardReport | None:
-    """The report of a shard that an earlier run finished; None when it finished another one, or the source
-    has changed the file since.
+def boot_id() -> str:
+    """Changes whenever this machine starts; what was written before but never flushed may be gone."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else ""
+
+
+def read_note(task: ShardTask, text: bytes) -> tuple[ShardReport, bool] | None:
+    """The report of a shard that an earlier run finished, and whether its file can be trusted unread.
+
+    None when that run finished another shard, or the source has changed the file since.
     """
     try:
         note = json.loads(text)
-        report = report_from_json(note.pop("report"))
+        report, boot = report_from_json(note.pop("report")), note.pop("boot")
     except (ValueError, TypeError, KeyError):
         return None  # of another version of this program
     if note != json.loads(json.dumps(task.identity)) or report.source.differs(task.expected):
         return None
-    return replace(report, fetched_bytes=0, retries=0)
+    return replace(report, fetched_bytes=0, retries=0), boot == boot_id()
 
 
 def report_from_json(value: dict[str, Any]) -> ShardReport:

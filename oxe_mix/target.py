@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 from oxe_mix.errors import UserError
-from oxe_mix.files import BUSY_FILE, atomic_write, folder_lock, sweep, sync
+from oxe_mix.files import BUSY_FILE, atomic_write, folder_lock, sweep
 from oxe_mix.writing import safe, writing
 
 
@@ -45,6 +45,9 @@ class Target(Protocol):
 
     def place(self, finished: Path, name: str) -> None:
         """Move a finished file of a workspace into the target, whole or not at all."""
+
+    def flush(self, name: str) -> None:
+        """Have the disk hold a file that was placed: a machine that stops must not take it along."""
 
     def rename(self, old: str, new: str) -> None:
         """Give a file another name, replacing what had it."""
@@ -122,8 +125,12 @@ class LocalTarget:
         path = self.path(name)
         with writing(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
-            sync(finished)
             finished.replace(path)
+
+    def flush(self, name: str) -> None:
+        """See Target."""
+        with writing(self.root), self.open(name) as stream:
+            os.fsync(stream.fileno())
 
     def rename(self, old: str, new: str) -> None:
         """See Target."""
@@ -206,6 +213,9 @@ class BucketTarget:
         with writing(self.root):
             filesystem.put_file(str(finished), path)  # an object appears when it is whole
         finished.unlink()
+
+    def flush(self, name: str) -> None:
+        """See Target."""
 
     def rename(self, old: str, new: str) -> None:
         """See Target."""

@@ -124,6 +124,8 @@ def _serve_bucket(port: str, page: str, bucket: str) -> None:
     ]
     server.RequestHandler.protocol_version = "HTTP/1.1"
     server.RequestHandler.disable_nagle_algorithm = True  # else each answer waits 40 ms for an ACK
+    # Without a disk to keep it on: else every upload writes down all objects there are.
+    Storage._write_config_to_file = lambda _: None
     storage = Storage(use_memory_fs=True)
     buckets.create_bucket(bucket, storage)
     ThreadingHTTPServer.request_queue_size = 128

@@ -21,7 +21,7 @@ from oxe_mix.schedule import schedule
 from oxe_mix.source_file import Patience
 from oxe_mix.target import open_target
 from tests.conftest import OXE_MIX, ROOT
-from tests.loopback import FaultProxy, web_server
+from tests.loopback import FaultProxy, fault_at, web_server
 from tests.test_download import _content, _download, _mix
 
 # What a worker does, and nothing else: fetch the shards of a list one after another.
@@ -156,9 +156,7 @@ def test_space_that_runs_out_under_way_is_told_once_and_mended_by_another_run(
         )
         while not list(out.rglob("*.part")) and process.poll() is None:
             time.sleep(0.005)
-        with filler.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
-            while True:
-                stream.write(b"x" * 4096)
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4096"], capture_output=True, check=False)
         said = process.communicate()[1]
         assert process.returncode == 1, said
         errors = [line for line in said.splitlines() if line.startswith("error:")]
@@ -228,3 +226,28 @@ def test_links_in_the_target_do_not_lead_out_of_it(bucket: Path, tmp_path: Path)
     said = _download(_mix(tmp_path), bucket, out, code=2)
     assert "leads out of" in said
     assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_after_the_machine_started_anew_what_waited_is_read_again_before_it_is_trusted(
+    bucket: Path, tmp_path: Path, lost: bool
+) -> None:
+    """Notes of another start of the machine; of one shard the disk has lost a block."""
+    mix, out, whole = _mix(tmp_path, viola=1.0, bridge=1.0), tmp_path / "data", tmp_path / "whole"
+    _download(mix, bucket, whole)
+    with web_server(bucket) as endpoint, FaultProxy(endpoint, fault_at("viola-test", "404")) as proxy:
+        _download(mix, proxy.endpoint, out, code=1)
+        notes = sorted(out.glob(".partial/**/*.tfrecord.json"))
+        assert len(notes) == 10
+        for note in notes:
+            note.write_text(note.read_text().replace('"boot": "', '"boot": "another'))
+        if lost:
+            shard = notes[3].with_suffix("")
+            content = shard.read_bytes()
+            shard.write_bytes(content[:4096] + content[4096:8192][::-1] + bytes(1) + content[8193:])
+        proxy.plan, before = fault_at("viola-test", "404", times=0), len(proxy.media)
+        _download(mix, proxy.endpoint, out)
+        assert len(proxy.media) - before == 2 + lost  # the two of the test split, and the one that was lost
+    one, two = _content(out), _content(whole)
+    assert one.pop("oxe-mix.lock.json") != two.pop("oxe-mix.lock.json")  # it names the source
+    assert one == two

@@ -92,7 +92,7 @@ def test_a_bucket_that_somebody_writes_into_is_refused_by_name(bucket: Path, tmp
 def test_a_runner_that_cannot_be_is_one_line(
     bucket: Path, tmp_path: Path, more: list[str], message: str
 ) -> None:
-    command = [OXE_MIX, "download", "--mix", _mix(tmp_path), "--source", bucket, "--out", tmp_path / "data"]
-    done = run(*command, *more, code=2)
+    place = ("--source", str(bucket), "--out", str(tmp_path / "data"))
+    done = run(OXE_MIX, "download", "--mix", _mix(tmp_path), *place, *more, code=2)
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
