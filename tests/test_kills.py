@@ -244,7 +244,7 @@ def test_after_the_machine_started_anew_what_waited_is_read_again_before_it_is_t
         if lost:
             shard = notes[3].with_suffix("")
             content = shard.read_bytes()
-            shard.write_bytes(content[:4096] + content[4096:8192][::-1] + bytes(1) + content[8193:])
+            shard.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
         proxy.plan, before = fault_at("viola-test", "404", times=0), len(proxy.media)
         _download(mix, proxy.endpoint, out)
         assert len(proxy.media) - before == 2 + lost  # the two of the test split, and the one that was lost
