@@ -63,7 +63,7 @@ class Pace:
     def __init__(self, goal: Goal) -> None:
         self._goal = goal
         self._start = time.monotonic()
-        self._seen: list[tuple[float, Sample]] = []
+        self._seen = [(self._start, Sample(0))]
 
     def after(self, sample: Sample, now: float) -> dict[str, float | None]:
         """`seconds` since the start, `bytes_per_s`, and `seconds_left` (None while that cannot be said)."""

@@ -14,7 +14,7 @@ import pytest
 from oxe_mix.lock import read_lock
 from tests.conftest import OXE_MIX
 from tests.loopback import BUCKET, FaultProxy, fault_at, seeded_faults, upload, web_server
-from tests.servers import strict_bucket
+from tests.servers import s3_server, strict_bucket, upload_s3
 from tests.test_download import _content, _download, _mix
 
 PASSING = ("503", "429", "reset", "truncated", "wrong_bytes", "stall")
@@ -203,3 +203,32 @@ def test_an_object_that_changed_since_the_lock_is_refused(bucket: Path, tmp_path
     assert f"{shard.name}: changed at the source since {out} was downloaded" in said
     assert "choose another --out" in said
     assert _content(out) == before
+
+
+def test_an_s3_bucket_gives_the_same_bytes_without_keys(
+    bucket: Path, mix: Path, whole: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("moto", reason="needs the extra dev")
+    with s3_server() as endpoint:
+        upload_s3(endpoint, bucket)
+        env = {**os.environ, "AWS_ENDPOINT_URL_S3": endpoint}
+        command = [
+            OXE_MIX,
+            "download",
+            "--mix",
+            mix,
+            "--source",
+            f"s3://{BUCKET}",
+            "--out",
+            tmp_path / "data",
+        ]
+        done = subprocess.run(
+            [*map(str, command), "--workers", "1"], env=env, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    _same_data(tmp_path / "data", whole)
+    lock = read_lock(tmp_path / "data")
+    assert lock is not None
+    assert all(
+        (s.source_check or "").startswith("etag:") for d in lock.datasets for p in d.splits for s in p.shards
+    )
