@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from oxe_mix.filesystems import open_fsspec
 from oxe_mix.http_client import open_http
@@ -16,6 +17,8 @@ from oxe_mix.source_file import (
     scheme,
     with_retries,
 )
+
+_TEXT_RETRIES = 3
 
 
 @contextmanager
@@ -43,8 +46,9 @@ def read_text(url: str, patience: Patience) -> str | None:
         except FileMissingError:
             return None
 
+    # Nothing is lost yet, and somebody waits: a source that is not there shall say so in seconds.
     try:
-        return with_retries(read, patience)
+        return with_retries(read, replace(patience, retries=min(patience.retries, _TEXT_RETRIES)))
     except TransientError as error:
         raise SourceError(f"{url}: cannot be read ({error})") from error
     except UnicodeDecodeError as error:

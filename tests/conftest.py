@@ -59,6 +59,15 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bucket26(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default mix's 26 datasets in their true trees, 32 episodes in 16 shards each."""
+    out = tmp_path_factory.mktemp("bucket26") / "bucket"
+    size = ("--episodes", "32", "--shards", "16")
+    run(OXE_MIX, "synth", "--mix", "default.yaml", "--out", out, *size, "--seed", "3")
+    return out
+
+
+@pytest.fixture(scope="session")
 def data(bucket: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo mix, downloaded from the bucket."""
     out = tmp_path_factory.mktemp("data") / "data"

@@ -15,20 +15,12 @@ from oxe_mix.selection import num_kept
 from oxe_mix.tfrecord import read_records
 from tests.conftest import OXE_MIX, run
 
-EPISODES, SHARDS = 32, 16
+EPISODES = 32  # of each dataset, as the fixture makes them
 
 
 @pytest.fixture(scope="module")
 def mix() -> Mix:
     return load_mix(Path("default.yaml"), load_cards())
-
-
-@pytest.fixture(scope="module")
-def bucket26(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bucket26") / "bucket"
-    size = ("--episodes", str(EPISODES), "--shards", str(SHARDS))
-    run(OXE_MIX, "synth", "--mix", "default.yaml", "--out", out, *size, "--seed", "3")
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from oxe_mix.cards import load_cards
+from oxe_mix.mix import load_mix
 from tests.conftest import PYTHON, ROOT, run
 
 README = (ROOT / "README.md").read_text()
@@ -32,7 +34,12 @@ def test_the_readme_shows_only_commands_that_are_run_here() -> None:
         ["oxe-mix", "convert"],
         ["make", "train"],
         ["python", "inference_action.py"],
+        ["oxe-mix", "datasets"],
+        ["oxe-mix", "datasets"],
+        ["oxe-mix", "mix"],
         ["oxe-mix", "download"],
+        ["oxe-mix", "download"],
+        ["oxe-mix", "verify"],
         ["oxe-mix", "convert"],
     ]
 
@@ -62,11 +69,17 @@ def _run_shown(command: str, folder: Path, *more: str) -> str:
     return done.stdout
 
 
-def test_the_four_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, bucket: Path) -> None:
-    _, _, download, convert, train, act, dry_run, _ = _commands()
-    assert "still to fetch" in _run_shown(dry_run, workplace, "--source", str(bucket))
+def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, bucket26: Path) -> None:
+    _, _, download, convert, train, act, list_all, show, check, dry_run, with_budget, verify, _ = _commands()
+    assert "66 datasets" in _run_shown(list_all, workplace)
+    assert "filter_success" in _run_shown(show, workplace)
+    assert "fmb" in _run_shown(check, workplace)
+    assert "still to fetch" in _run_shown(dry_run, workplace, "--source", str(bucket26))
     assert not (workplace / "data").exists()
-    _run_shown(download, workplace, "--source", str(bucket))
+    _run_shown(download, workplace, "--source", str(bucket26))
+    # The budget is larger than this bucket, so there is nothing left to do.
+    assert "nothing to do" in _run_shown(with_budget, workplace, "--source", str(bucket26))
+    assert "0 problems" in _run_shown(verify, workplace)
     _run_shown(convert, workplace)
     _run_shown(train, workplace)
     record = json.loads(_run_shown(act, workplace))
@@ -131,18 +144,32 @@ def test_setting_up_again_does_nothing() -> None:
     assert ready.stat().st_mtime_ns == before
 
 
-def test_what_the_readme_says_to_fetch_is_what_the_default_mix_asks_for() -> None:
-    mix = yaml.safe_load((ROOT / "mixtures/default.yaml").read_text())
-    rows = dict(re.findall(r"^\| ([a-z]\w*) \| .* \| (0\.\d+) \| .*\|$", README, re.MULTILINE))
-    assert {name: float(fraction) for name, fraction in rows.items()} == {
-        spec["name"]: spec["fraction"] for spec in mix["datasets"]
-    }
-    for name, size, fraction, fetch in re.findall(
-        r"^\| ([a-z]\w*) \| ([\d.]+) GiB \| ([\d.]+) \| ([\d.]+) GiB", README, re.M
-    ):
-        card = yaml.safe_load((ROOT / f"oxe_mix/cards/{name}.yaml").read_text())
-        assert float(size) == round(card["size_gib"], 1)
-        assert float(fetch) == round(card["size_gib"] * float(fraction), 1)
+def test_what_the_readme_says_of_the_default_mix_is_what_the_cards_come_to() -> None:
+    cards = load_cards()
+    mix = load_mix(Path("default.yaml"), cards)
+    sizes = [(cards.get(spec.name).size_gib, spec.fraction) for spec in mix.datasets]
+    known = [size * fraction for size, fraction in sizes if size is not None]
+    assert (
+        f"the 26 datasets and fractions of the system that this one replaces, {sum(known):.0f} GiB" in README
+    )
+    assert (len(sizes), len(known)) == (26, 25)
+    assert f"`datasets` lists {len(list(cards))} datasets" in README
+
+
+def test_the_readmes_mix_is_one(tmp_path: Path) -> None:
+    text = next(block for block in re.findall(r"```text\n(.*?)```", README, re.DOTALL) if "max_gb" in block)
+    (tmp_path / "mine.yaml").write_text(text)
+    assert load_mix(tmp_path / "mine.yaml", load_cards()).max_gb == 100
+
+
+def test_the_readmes_rates_are_the_recorded_ones() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/2026-11-21-transfer.json").read_text())
+    assert f"\n{recorded['http']['rate beside curl']} times the rate of `curl`" in README
+    assert f"{recorded['file']['rate beside cp']} times that of `cp`" in README
+    assert f"needs {recorded['memory']['above_mb']} MB above its imports" in README
+    assert f"takes\n{sorted(recorded['dry_run']['seconds'])[2]} s" in README
+    assert recorded["http"]["rate beside curl"] >= 0.8
+    assert recorded["file"]["rate beside cp"] >= 0.7
 
 
 def test_the_readmes_scores_are_the_recorded_ones() -> None:
