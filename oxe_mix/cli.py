@@ -5,6 +5,8 @@ here.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +47,7 @@ def download(
         typer.Option(help="Read all datasets from here, whatever the mix says. Again: a mirror behind it."),
     ] = None,
     max_gb: Annotated[
-        float | None, typer.Option(min=0, help="Scale all fractions down, so that it is at most this.")
+        float | None, typer.Option(help="Scale all fractions down, so that it is at most this.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only read metadata and print the plan.")
@@ -177,6 +179,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def main() -> None:
     """Run the command; a mistake of the user's is one line and exit 2, a bug of ours keeps its traceback."""
     _set_up_logging()
+    signal.signal(signal.SIGINT, _interrupted)
     try:
         app()
     except UserError as error:
@@ -184,6 +187,16 @@ def main() -> None:
 
         complain(str(error))
         sys.exit(2)
+
+
+def _interrupted(*_: object) -> None:
+    """End at once, as a kill would: files are whole or absent, and the next run goes on. To unwind would mean
+    to wait for every transfer that is under way.
+    """
+    from oxe_mix.text import complain
+
+    complain("interrupted; the same command goes on from here")
+    os._exit(130)
 
 
 def _set_up_logging() -> None:

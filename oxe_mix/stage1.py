@@ -74,7 +74,11 @@ def _asked(options: DownloadOptions, mix: Mix) -> Mix:
     if options.sources:
         sources = tuple(_absolute(source) for source in options.sources)
         mix = mix.with_source(sources if len(sources) > 1 else sources[0])
-    return mix if options.max_gb is None else mix.model_copy(update={"max_gb": options.max_gb})
+    if options.max_gb is None:
+        return mix
+    if not options.max_gb > 0:
+        raise UserError(f"--max-gb {options.max_gb:g}: a budget is more than 0")
+    return mix.model_copy(update={"max_gb": options.max_gb})
 
 
 def _nothing_to_do(options: DownloadOptions, target: Target, mix: Mix) -> int:

@@ -103,7 +103,7 @@ class LocalTarget:
         """See Target."""
         try:
             return self.path(name).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def open(self, name: str) -> BinaryIO:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import pickle
 import random
 import signal
@@ -104,6 +105,34 @@ def test_the_whole_command_killed_at_seeded_moments_ends_with_the_same_bytes(
         # Worker processes of a killed command notice that it is gone, and end.
     _download(mix, bucket, out)
     assert _content(out) == _content(whole)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_ends_it_at_once_with_one_line_and_the_next_run_goes_on(
+    bucket: Path, tmp_path: Path, workers: str
+) -> None:
+    mix, out = _mix(tmp_path, viola=0.3, bridge=1.0), tmp_path / "data"
+    with web_server(bucket) as endpoint, FaultProxy(endpoint, bytes_per_s=0.2e6) as proxy:
+        command = [OXE_MIX, "download", "--mix", mix, "--source", proxy.endpoint, "--out", out]
+        process = subprocess.Popen(
+            [*map(str, command), "--workers", workers],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        while sum(open_target(out).sizes(".partial").values()) < 100_000:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=10)[1]
+        assert process.returncode == 130
+        lines = [line for line in said.splitlines() if not line.startswith("download: ")]
+        assert lines == ["error: interrupted; the same command goes on from here"]
+        kept = sum(open_target(out).sizes(".partial").values())
+        proxy.bytes_per_s = None
+        said = _download(mix, proxy.endpoint, out)
+        assert kept > 0
+        assert "done" in said
 
 
 @pytest.fixture

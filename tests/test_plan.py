@@ -202,3 +202,9 @@ def test_the_steps_of_a_dataset_that_were_counted_are_not_guessed(bucket: Path) 
     card = load_cards().get(spec.name)
     assert card.steps == 3_786_400
     assert plan.estimated_frames == round(plan.episodes * 3_786_400 / 87_212)
+
+
+@pytest.mark.parametrize("budget", ["0", "-3", "nan"])
+def test_a_budget_that_is_none_is_refused(bucket: Path, tmp_path: Path, budget: str) -> None:
+    said = _download(_mix(tmp_path), bucket, tmp_path / "data", "--max-gb", budget, code=2)
+    assert "a budget is more than 0" in said

@@ -110,6 +110,12 @@ def test_a_folder_that_no_download_wrote_is_checked_against_its_own_metadata(
     )
 
 
+def test_a_file_is_no_folder_of_datasets(tmp_path: Path) -> None:
+    (tmp_path / "mix.yaml").write_text("name: m")
+    said = run(OXE_MIX, "verify", tmp_path / "mix.yaml", code=2).stderr
+    assert said.startswith(f"error: {tmp_path / 'mix.yaml'}: no NAME/VERSION/dataset_info.json here")
+
+
 def test_metadata_that_disagrees_with_the_files_is_named(copy: Path) -> None:
     file = copy / VIOLA / "dataset_info.json"
     info = json.loads(file.read_text())
