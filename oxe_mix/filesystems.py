@@ -58,7 +58,7 @@ def _opened(url: str, start: int) -> tuple[Any, SourceFile]:
         info = filesystem.info(path)
         stream = filesystem.open(path, "rb")
         stream.seek(start)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise FileMissingError(f"{url}: not there") from error
     except PermissionError as error:
         raise SourceError(f"{url}: no permission ({error}); sources are read without credentials") from error

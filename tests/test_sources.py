@@ -7,11 +7,20 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from oxe_mix.cards import load_cards
+from oxe_mix.fetch import fetch_shard
 from oxe_mix.lock import read_lock
+from oxe_mix.mix import DatasetSpec, Mix
+from oxe_mix.plan import plan_download
+from oxe_mix.schedule import schedule
+from oxe_mix.source_file import Patience, SourceFile, TransientError, pause
+from oxe_mix.target import open_target
+from oxe_mix.tfrecord import TFRecordError
 from tests.conftest import OXE_MIX
 from tests.loopback import BUCKET, FaultProxy, fault_at, seeded_faults, upload, web_server
 from tests.servers import s3_server, strict_bucket, upload_s3
@@ -232,3 +241,40 @@ def test_an_s3_bucket_gives_the_same_bytes_without_keys(
     assert all(
         (s.source_check or "").startswith("etag:") for d in lock.datasets for p in d.splits for s in p.shards
     )
+
+
+def test_a_shard_whose_bytes_are_not_what_the_bucket_says_is_refused_though_every_record_is_sound(
+    bucket: Path, tmp_path: Path
+) -> None:
+    cards = load_cards()
+    spec = DatasetSpec(name="viola", version="0.1.0", fraction=1.0)
+    plans = plan_download(Mix(name="m", source=str(bucket), datasets=(spec,)), cards, Patience())
+    task = schedule(plans, open_target(tmp_path / "data"), None)[0].task
+    said = SourceFile(task.expected.size, "crc32c:00000000")
+    with pytest.raises(TFRecordError, match=r"come to crc32c:[0-9a-f]{8}, the bucket says crc32c:00000000"):
+        fetch_shard(replace(task, expected=said), Patience())
+    assert not list((tmp_path / "data").rglob("*.tfrecord"))
+    report = fetch_shard(task, Patience())
+    again = replace(task, expected=SourceFile(task.expected.size, f"crc32c:{report.crc32c}"))
+    (tmp_path / "data" / task.name).unlink()
+    assert fetch_shard(again, Patience()).crc32c == report.crc32c
+
+
+def test_waits_grow_and_are_spread_and_a_server_that_names_its_own_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for attempt in range(1, 12):
+        pause(attempt, TransientError("HTTP 503"))
+    assert all(0.25 * 2**i <= wait <= 0.375 * 2**i for i, wait in enumerate(waits[:8]))
+    assert max(waits) <= 90
+    first = [waits[0]]
+    for _ in range(5):
+        waits.clear()
+        pause(1, TransientError("HTTP 503"))
+        first.append(waits[0])
+    assert len(set(first)) > 1
+    waits.clear()
+    pause(1, TransientError("HTTP 429", retry_after=7))
+    assert 7 <= waits[0] <= 10.5
