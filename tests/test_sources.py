@@ -20,11 +20,11 @@ from oxe_mix.plan import plan_download
 from oxe_mix.schedule import schedule
 from oxe_mix.source_file import Patience, SourceFile, TransientError, pause
 from oxe_mix.target import open_target
-from oxe_mix.tfrecord import TFRecordError
+from oxe_mix.tfrecord import TFRecordError, frame
 from tests.conftest import OXE_MIX
 from tests.loopback import BUCKET, FaultProxy, fault_at, seeded_faults, upload, web_server
 from tests.servers import s3_server, strict_bucket, upload_s3
-from tests.test_download import _content, _download, _mix
+from tests.test_download import _content, _download, _mix, _payloads
 
 PASSING = ("503", "429", "reset", "truncated", "wrong_bytes", "stall")
 
@@ -278,3 +278,22 @@ def test_waits_grow_and_are_spread_and_a_server_that_names_its_own_is_heard(
     waits.clear()
     pause(1, TransientError("HTTP 429", retry_after=7))
     assert 7 <= waits[0] <= 10.5
+
+
+def test_a_file_that_changed_between_two_runs_is_not_spliced(bucket: Path, tmp_path: Path) -> None:
+    """The first run leaves half of a shard; before the second the source puts other records in its place."""
+    source, out = tmp_path / "bucket", tmp_path / "data"
+    shutil.copytree(bucket / "viola", source / "viola")
+    mix = tmp_path / "mix.yaml"
+    mix.write_text("name: m\ndatasets:\n- {name: viola, version: 0.1.0, fraction: 1}\n")
+    shard = sorted((source / "viola/0.1.0").glob("viola-train*"))[3]
+    with web_server(source) as endpoint, FaultProxy(endpoint, fault_at(shard.name, "truncated")) as proxy:
+        _download(mix, proxy.endpoint, out, "--retries", "0", code=1)
+        assert list(out.rglob("*.part"))
+        payloads = _payloads(shard)
+        payloads[0] = payloads[0][:-1] + bytes([payloads[0][-1] ^ 1])
+        shard.write_bytes(b"".join(map(frame, payloads)))
+        proxy.plan = fault_at(shard.name, "truncated", times=0)
+        _download(mix, proxy.endpoint, out)
+    got = {tuple(_payloads(file)) for file in (out / "viola/0.1.0").glob("*.tfrecord-*")}
+    assert tuple(payloads) in got
