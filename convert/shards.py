@@ -17,9 +17,10 @@ from typing import IO, Any
 import numpy as np
 
 from convert.action_codec import ActionStats, clipped, encode
-from convert.episodes import Trajectory, read_trajectory, standardize
+from convert.episodes import Trajectory, read_trajectory
 from convert.images import frame_suffix
 from convert.llava import CONVERSATIONS, IMAGES, VALIDATION, Place, conversation, json_line
+from convert.recipe import standardize
 from convert.statistics import action_stats
 from oxe_mix.cards import Card
 from oxe_mix.errors import UserError
@@ -86,7 +87,7 @@ def collect_actions(job: ShardJob, folder: Path) -> str:
         num_records = number + 1
         if kept:
             with _placed(job, number):
-                actions.append(standardize(episode, job.card))
+                actions.append(standardize(episode, job.card).actions)
             num_trajectories += 1
     if num_records != job.num_episodes:
         raise UserError(
