@@ -40,12 +40,14 @@ def act(
     Raises: UserError for a checkpoint, codec, key, image or instruction that will not do.
     """
     from convert.action_codec import read_codec
-    from convert.llava import question
 
     codec = read_codec(checkpoint)
     key, _ = codec.stats(unnorm_key)  # a wrong key is refused before the model is loaded
+    if codec.asking.state or len(codec.asking.cameras) > 1:
+        asked_for = ", ".join(codec.asking.cameras) + (" and the robot's state" if codec.asking.state else "")
+        raise UserError(f"{checkpoint}: was trained on {asked_for}; here one image is all that can be given")
     try:
-        asked = question(instruction)
+        asked = codec.asking.question(instruction)
     except ValueError as error:
         raise UserError(f"--instruction: {error}") from error
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from convert.prompt import Asking
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.files import read_model, write_json
 
@@ -26,6 +27,10 @@ _TOKEN = re.compile(r"<ACTION_(\d+)>")
 
 Floats = NDArray[np.floating]
 Bins = NDArray[np.int64]
+# openvla255: 256 edges from -1 to 1, so 255 intervals, and the value 1 itself in a 256th bin that decodes as
+# the last interval. For those who load OpenVLA's data or checkpoints.
+Binning = Literal["uniform256", "openvla255"]
+_OPENVLA_EDGES = np.linspace(-1, 1, NUM_BINS)
 
 
 class ActionStats(BaseModel):
@@ -56,10 +61,9 @@ class ActionStats(BaseModel):
         """Dimensions that never change in the whole dataset, [A]."""
         return np.equal(self.min, self.max)
 
-    @property
-    def possible_bins(self) -> NDArray[np.bool_]:
+    def possible_bins(self, binning: Binning) -> NDArray[np.bool_]:
         """The bins that mean something, [A, NUM_BINS]: all for a movement, the upper half for a gripper."""
-        upper = np.arange(NUM_BINS) >= NUM_BINS // 2
+        upper = np.arange(NUM_BINS) >= _first_gripper_bin(binning)
         return np.array(self.mask)[:, None] | upper
 
     @property
@@ -108,46 +112,57 @@ def unnormalize(normalized: Floats, stats: ActionStats) -> NDArray[np.float64]:
     return np.where(np.array(stats.mask), movement, x)
 
 
-def normalized_to_bins(normalized: Floats) -> Bins:
-    """Quantize into NUM_BINS equal bins over [-1, 1].
+def normalized_to_bins(normalized: Floats, binning: Binning = "uniform256") -> Bins:
+    """Quantize into NUM_BINS bins over [-1, 1].
 
     Args:
         normalized: [T, A], dimensionless.
+        binning: `uniform256`: equal bins; `openvla255`: OpenVLA's.
 
     Returns: int64 [T, A] in [0, NUM_BINS - 1]; values outside [-1, 1] go to the end bins.
     Raises: ValueError if a value is not finite, naming the first step and dimension.
-    Source: RT-2 (arXiv:2307.15818), 256 uniform bins.
+    Source: RT-2 (arXiv:2307.15818), 256 uniform bins; OpenVLA's ActionTokenizer, 256 edges.
     """
     _check(normalized, normalized.shape[-1])
+    if binning == "openvla255":
+        return np.digitize(np.clip(normalized, -1, 1), _OPENVLA_EDGES).astype(np.int64) - 1
     # +1 itself belongs to the last bin, not to a 257th.
     return np.clip(np.floor((normalized + 1) / 2 * NUM_BINS), 0, NUM_BINS - 1).astype(np.int64)
 
 
-def bins_to_normalized(bins: Bins) -> NDArray[np.float64]:
+def bins_to_normalized(bins: Bins, binning: Binning = "uniform256") -> NDArray[np.float64]:
     """Bin centres, dimensionless, in (-1, 1). Raises: ValueError for a bin outside [0, NUM_BINS - 1]."""
     if ((bins < 0) | (bins >= NUM_BINS)).any():
         raise ValueError(f"bin {bins[(bins < 0) | (bins >= NUM_BINS)][0]} is not in [0, {NUM_BINS - 1}]")
+    if binning == "openvla255":
+        low = np.minimum(bins, NUM_BINS - 2)
+        return np.asarray((_OPENVLA_EDGES[low] + _OPENVLA_EDGES[low + 1]) / 2)
     return (bins + 0.5) / NUM_BINS * 2 - 1
 
 
-def encode(actions: Floats, stats: ActionStats) -> Bins:
+def encode(actions: Floats, stats: ActionStats, binning: Binning = "uniform256") -> Bins:
     """Robot units [T, A] to bins [T, A]. Raises: as `normalize`."""
-    return normalized_to_bins(normalize(actions, stats))
+    return normalized_to_bins(normalize(actions, stats), binning)
 
 
-def decode(bins: Bins, stats: ActionStats) -> NDArray[np.float64]:
+def decode(bins: Bins, stats: ActionStats, binning: Binning = "uniform256") -> NDArray[np.float64]:
     """Bins [T, A] to robot units [T, A].
 
     Raises: ValueError for wrong widths, unknown bins, and a gripper in the lower half, which no recording
-    has.
+        has.
     """
-    normalized = bins_to_normalized(bins)
+    normalized = bins_to_normalized(bins, binning)
     _check(normalized, len(stats.mask))
-    low = ~np.array(stats.mask) & (bins < NUM_BINS // 2)
+    low = ~np.array(stats.mask) & (bins < _first_gripper_bin(binning))
     if low.any():
         t, a = np.argwhere(low)[0]
         raise ValueError(f"step {t}, dimension {a}: bin {bins[t, a]} is below a gripper's range")
     return unnormalize(normalized, stats)
+
+
+def _first_gripper_bin(binning: Binning) -> int:
+    """The bin of gripper 0; with OpenVLA's edges it is the one around 0."""
+    return NUM_BINS // 2 - (binning == "openvla255")
 
 
 def clipped(actions: Floats, stats: ActionStats) -> NDArray[np.bool_]:
@@ -184,11 +199,13 @@ class ActionCodec(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Literal[1] = 1
-    binning: Literal["uniform256"] = "uniform256"
+    format: Literal[2] = 2
+    binning: Binning = "uniform256"
     action_dim: Annotated[int, Field(gt=0)]
     chunk: Annotated[int, Field(gt=0)] = 1
+    asking: Asking = Asking()
     datasets: Annotated[dict[str, ActionStats], Field(min_length=1)]
+    states: dict[str, ActionStats] = {}  # of the robots' own state, [S] each, where the prompt holds it
 
     @model_validator(mode="after")
     def _widths_agree(self) -> ActionCodec:

@@ -1,44 +1,15 @@
-"""What a robot step looks like as a LLaVA conversation. The prompt has its one home here: converter, trainer,
-decoder and server all ask with these words."""
+"""What a robot step looks like as a LLaVA conversation, and how its files are called."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from convert.action_codec import Bins, bins_to_text
 
-IMAGE = "<image>"
 CONVERSATIONS, VALIDATION, IMAGES = "conversations", "val", "images"
-
-
-_BEFORE, _AFTER = f"{IMAGE}\nWhat action should the robot take to ", "?"
-
-
-def clean_instruction(text: str) -> str:
-    """An instruction as it stands in a prompt: one line, lower case, no closing full stop.
-
-    Empty when nothing is left, and when the text holds the image marker, which would break the prompt.
-    """
-    line = " ".join(text.split()).lower().rstrip(". ")
-    return "" if IMAGE in line else line
-
-
-def question(instruction: str) -> str:
-    """The human turn of one camera.
-
-    Raises: ValueError for an instruction that is empty or holds the image marker.
-    """
-    text = clean_instruction(instruction)
-    if not text:
-        raise ValueError(f"the instruction {instruction!r} is empty or holds the marker {IMAGE}")
-    return f"{_BEFORE}{text}{_AFTER}"
-
-
-def asked_instruction(human: str) -> str:
-    """The instruction inside a human turn: the inverse of `question`."""
-    return human.removeprefix(_BEFORE).removesuffix(_AFTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +28,24 @@ class Place:
         return f"{self.dataset}/{self.split}/{self.shard}/{self.episode}/{self.step}"
 
     def image(self, suffix: str) -> str:
-        """The frame's path below `images/`."""
+        """The frame's path below `images/`; the suffix begins with the camera where there are several."""
         return f"{self.dataset}/{self.split}/{self.shard}/{self.episode}_{self.step}{suffix}"
 
 
-def conversation(place: Place, image: str, instruction: str, bins: Bins) -> dict[str, Any]:
-    """One sample as stock LLaVA reads it, with our own `dataset`, `episode` and `step` behind."""
+def conversation(place: Place, images: Sequence[str], question: str, bins: Bins) -> dict[str, Any]:
+    """One sample as stock LLaVA reads it, with our own `dataset`, `episode` and `step` behind.
+
+    Args:
+        place: of the step.
+        images: one path or several, in the order of the question's markers.
+        question: the human turn.
+        bins: [A], or [H, A] for a chunk.
+    """
     return {
         "id": place.id,
-        "image": image,
+        "image": images[0] if len(images) == 1 else list(images),
         "conversations": [
-            {"from": "human", "value": question(instruction)},
+            {"from": "human", "value": question},
             {"from": "gpt", "value": bins_to_text(bins)},
         ],
         "dataset": place.dataset,

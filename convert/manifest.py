@@ -9,8 +9,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from convert.frames import Layout
+from convert.prompt import CameraRole
+from oxe_mix.cards import Recipe
 from oxe_mix.errors import UserError
 from oxe_mix.files import read_model, write_json
+from oxe_mix.tfrecord import Damage, Record
 
 MANIFEST_FILE = "manifest.json"
 
@@ -43,6 +47,36 @@ class ConvertedFile(_Model):
     sha256: str
 
 
+class ConvertedFrames(_Model):
+    """The frames of one shard: a folder or a tar below the converted folder."""
+
+    path: str
+    images: int
+    bytes: int
+    crc32c: int  # of all its frames, in the order of the samples
+
+
+class BadRecord(_Model):
+    """A record that was skipped, and what was wrong with it, which names shard, number and offset."""
+
+    record: int
+    num_steps: int = 0  # 0 when it cannot be read
+    error: str
+
+    @classmethod
+    def of(cls, record: Record | Damage, num_steps: int, error: str) -> BadRecord:
+        """A record that was found."""
+        return cls(record=record.number, num_steps=num_steps, error=error)
+
+
+class Instructions(_Model):
+    """What the written and held-out episodes of a dataset are told to do."""
+
+    distinct: int
+    unlabelled_samples: int  # told their episode's first instruction for want of their own
+    most_repeated: dict[str, int]  # the five with the most episodes, most first
+
+
 class ConvertedDataset(_Model):
     """One dataset of a converted folder."""
 
@@ -50,26 +84,52 @@ class ConvertedDataset(_Model):
     version: str
     folder: str  # its RLDS, below the data folder
     splits: tuple[str, ...]
+    recipe: Recipe
+    cameras: tuple[CameraRole, ...]
     weight: float
+    weight_share: float  # the weight over the sum of weights: its share of the draws were all of one size
     share: float  # of the draws in training: weight x written samples, over the sum of that
     episodes: Tally
     steps: Tally
+    images: int
     image_bytes: int
-    clipped: tuple[float, ...]  # share of the steps whose value lies outside what bins can say, per dimension
+    clipped: tuple[float, ...]  # share of the samples whose value bins cannot say, per dimension
+    near_constant: tuple[int, ...]  # dimensions with 99 % of the samples in one bin
+    instructions: Instructions
+    bad_records: tuple[BadRecord, ...]
     files: tuple[ConvertedFile, ...]
     validation_files: tuple[ConvertedFile, ...]
+    frames: tuple[ConvertedFrames, ...]
+
+
+class Asked(_Model):
+    """The options that decided what the folder holds."""
+
+    val_fraction: float
+    statistics: str
+    layout: Layout
+    images: str
+    resize: int | None
+    chunk: int
+    chunk_end: str | None
+    stride: int
+    steps_per_episode: int | None
+    drop_idle: bool
+    on_bad_record: str
+    only: tuple[str, ...]
 
 
 class Manifest(_Model):
     """All of a converted folder."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     oxe_mix: str
     mix: str | None  # its name; None when the folder's own datasets were taken, weight 1 each
     seed: int
-    val_fraction: float
-    lock_sha256: str | None  # of the download that was read; None without a lock
+    asked: Asked
+    lock_sha256: tuple[str, ...]  # of the downloads that were read; none for folders without a lock
     codec_sha256: str
+    missing: tuple[str, ...]  # what was asked for and did not arrive
     datasets: tuple[ConvertedDataset, ...]
 
     @property

@@ -65,6 +65,11 @@ def rel2abs(x: Columns) -> Columns:
     return state[:, None].astype(np.float32)
 
 
+def wxyz_to_xyzw(x: Columns) -> Columns:
+    """Quaternions w x y z, [T, 4], in the order x y z w that `quat_to_euler` reads."""
+    return x[:, [1, 2, 3, 0]]
+
+
 def quat_to_euler(x: Columns) -> Columns:
     """Unit quaternions x y z w, [T, 4], to roll pitch yaw, [T, 3], radians, with R = Rz(yaw) Ry(pitch)
     Rx(roll).
@@ -95,6 +100,18 @@ def next_state_delta(x: Columns) -> Columns:
     return np.concatenate([x[1:] - x[:-1], np.full_like(x[:1], np.nan)])
 
 
+def previous_delta(x: Columns) -> Columns:
+    """x[t] - x[t - 1], plain: angles are not unwrapped. The first step has no value: it is NaN until it is
+    dropped.
+    """
+    return np.concatenate([np.full_like(x[:1], np.nan), x[1:] - x[:-1]])
+
+
+def wrap_angle(x: Columns) -> Columns:
+    """Radians to the same angle in [-pi, pi), to within float32; what has no value yet stays NaN."""
+    return (np.mod(x.astype(np.float64) + np.pi, 2 * np.pi) - np.pi).astype(np.float32)
+
+
 def int32_codepoints(codes: NDArray[np.integer]) -> str:
     """One step's text from Unicode code points, cut at the first 0."""
     ends = np.flatnonzero(codes == 0)
@@ -111,7 +128,10 @@ _OPS: dict[OpName, Callable[[Columns], Columns]] = {
     "invert": invert,
     "binarize": binarize,
     "rel2abs": rel2abs,
+    "wxyz_to_xyzw": wxyz_to_xyzw,
     "quat_to_euler": quat_to_euler,
     "next_state_delta": next_state_delta,
+    "previous_delta": previous_delta,
+    "wrap_angle": wrap_angle,
     "inflate_zlib_f32": _same,  # reading a key unpacks it: `Episode.array` knows the feature's encoding
 }

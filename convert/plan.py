@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from convert.episodes import cameras_of
+from convert.options import Rules
+from convert.prompt import Asking
+from convert.samples import Camera
 from convert.shards import ShardJob
 from oxe_mix.card_check import check_fits
 from oxe_mix.cards import Card, Cards
@@ -13,19 +17,55 @@ from oxe_mix.lock import LOCK_FILE, Lock, read_lock
 from oxe_mix.mix import DatasetSpec, Mix
 from oxe_mix.mods import Mod
 from oxe_mix.record_mods import RecordMods, resolve
-from oxe_mix.rlds import FEATURES_FILE, INFO_FILE, DatasetInfo, parse_dataset_info, parse_features
+from oxe_mix.rlds import (
+    FEATURES_FILE,
+    INFO_FILE,
+    DatasetInfo,
+    FeatureTree,
+    parse_dataset_info,
+    parse_features,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFolder:
+    """A folder of RLDS datasets, NAME/VERSION each, downloaded here or not."""
+
+    path: Path
+    lock: Lock | None
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetOnDisk:
     """One dataset of a data folder and what the mix wants of it."""
 
-    card: Card
+    card: Card  # with the recipe that the mix asks for
+    spec: DatasetSpec  # of its first split
+    data: DataFolder
     folder: Path
     info: DatasetInfo
+    tree: FeatureTree
     splits: tuple[str, ...]
-    weight: float
+    cameras: tuple[Camera, ...]  # of those asked for
     mods: RecordMods  # of the mix; what a download applied already is not among them
+
+    @property
+    def weight(self) -> float:
+        """P(dataset) in training is proportional to it times the written samples."""
+        return self.spec.weight
+
+
+def open_folders(paths: tuple[Path, ...]) -> list[DataFolder]:
+    """The data folders of a conversion.
+
+    Raises: UserError for one that is not there or whose download is not finished.
+    """
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(
+                f"{path}: no such folder; give --data a folder of RLDS datasets, or download one first"
+            )
+    return [DataFolder(path, read_finished_lock(path)) for path in paths]
 
 
 def read_finished_lock(data: Path) -> Lock | None:
@@ -36,30 +76,54 @@ def read_finished_lock(data: Path) -> Lock | None:
     return lock
 
 
-def find_datasets(data: Path, mix: Mix | None, lock: Lock | None, cards: Cards) -> list[DatasetOnDisk]:
-    """The datasets of a mix in a data folder, or every one with a card when there is no mix.
+def find_datasets(
+    folders: list[DataFolder], mix: Mix | None, cards: Cards, only: tuple[str, ...], asking: Asking
+) -> list[DatasetOnDisk]:
+    """The datasets of a mix in some data folders. Without a mix: what each folder's lock asks for, else all
+    in it that have a card.
 
-    Raises: UserError when the folder or one of the mix's datasets is not there, or a card does not fit the
-    data.
+    Raises: UserError when one of the mix's datasets is not there, or in two folders, or a card does not fit
+    the data.
     """
-    if not data.is_dir():
-        raise UserError(
-            f"{data}: no such folder; give --data a folder of RLDS datasets, or download one first"
-        )
-    specs = list(mix.datasets) if mix is not None else _everything(data, cards)
-    folders = {spec.name: _folder(data, cards.get(spec.name), spec.version) for spec in specs}
-    missing = [name for name, folder in folders.items() if folder is None]
+    specs = list(mix.datasets) if mix is not None else _own_specs(folders, cards)
+    specs = _only(specs, only, cards)
+    names = list(dict.fromkeys(spec.name for spec in specs))
+    places = {spec.name: _places(folders, cards.get(spec.name), spec.version) for spec in specs}
+    missing = [name for name in names if not places[name]]
     if missing:
-        what = "none of the mix's datasets" if len(missing) == len(folders) else "only part of the mix"
+        what = "none of the mix's datasets" if len(missing) == len(names) else "only part of the mix"
+        where = ", ".join(str(folder.path) for folder in folders)
         raise UserError(
-            f"{data}: holds {what}; missing: {', '.join(missing)}; run oxe-mix download, or mend --data"
+            f"{where}: holds {what}; missing: {', '.join(missing)}; run oxe-mix download, or mend --data"
         )
-    applied = {spec.name: lock.mods_of(spec.name) if lock else () for spec in specs}
     return [
-        _read(folder, [spec for spec in specs if spec.name == name], cards, applied[name])
-        for name, folder in folders.items()
-        if folder is not None
+        _read(places[name][0], [spec for spec in specs if spec.name == name], cards, asking) for name in names
     ]
+
+
+def _own_specs(folders: list[DataFolder], cards: Cards) -> list[DatasetSpec]:
+    """What the folders ask for themselves, when no mix says it."""
+    specs: list[DatasetSpec] = []
+    for folder in folders:
+        own = list(folder.lock.mix.datasets) if folder.lock else _everything(folder.path, cards)
+        known = {spec.name for spec in specs}
+        twice = next((spec.name for spec in own if spec.name in known), None)
+        if twice:
+            raise UserError(f"{folder.path}: {twice} is in another --data folder, too; keep one of them")
+        specs += own
+    if not specs:
+        where = ", ".join(str(folder.path) for folder in folders)
+        raise UserError(f"{where}: no NAME/VERSION/{INFO_FILE} of a dataset that has a card")
+    return specs
+
+
+def _only(specs: list[DatasetSpec], only: tuple[str, ...], cards: Cards) -> list[DatasetSpec]:
+    names = {cards.get(name).name for name in only}
+    absent = sorted(names - {spec.name for spec in specs})
+    if absent:
+        known = ", ".join(dict.fromkeys(spec.name for spec in specs))
+        raise UserError(f"--only {absent[0]}: not among what is to be converted: {known}")
+    return [spec for spec in specs if not only or spec.name in names]
 
 
 def _everything(data: Path, cards: Cards) -> list[DatasetSpec]:
@@ -73,21 +137,26 @@ def _everything(data: Path, cards: Cards) -> list[DatasetSpec]:
             )
         if card is not None:
             specs.append(DatasetSpec(name=card.name, version=info.parts[-2], fraction=1.0))
-    if not specs:
-        raise UserError(f"{data}: no NAME/VERSION/{INFO_FILE} of a dataset that has a card")
     return specs
 
 
-def _folder(data: Path, card: Card, version: str) -> Path | None:
-    found = [data / name / version for name in card.names if (data / name / version / INFO_FILE).exists()]
+def _places(folders: list[DataFolder], card: Card, version: str) -> list[tuple[DataFolder, Path]]:
+    """Where a dataset lies: in one place at most, under one of its names."""
+    found = [
+        (folder, folder.path / name / version)
+        for folder in folders
+        for name in card.names
+        if (folder.path / name / version / INFO_FILE).exists()
+    ]
     if len(found) > 1:
-        raise UserError(
-            f"{data}: {found[0].parent.name} and {found[1].parent.name} are one dataset; keep one of them"
-        )
-    return found[0] if found else None
+        raise UserError(f"{found[0][1]} and {found[1][1]} are one dataset; keep one of them")
+    return found
 
 
-def _read(folder: Path, own: list[DatasetSpec], cards: Cards, applied: tuple[Mod, ...]) -> DatasetOnDisk:
+def _read(
+    place: tuple[DataFolder, Path], own: list[DatasetSpec], cards: Cards, asking: Asking
+) -> DatasetOnDisk:
+    data, folder = place
     card = cards.get(own[0].name)
     info = parse_dataset_info((folder / INFO_FILE).read_text(), str(folder / INFO_FILE))
     features = folder / FEATURES_FILE
@@ -98,8 +167,33 @@ def _read(folder: Path, own: list[DatasetSpec], cards: Cards, applied: tuple[Mod
     for spec in own:
         if spec.split not in info.splits:
             raise UserError(f"{folder}: no split {spec.split!r}; it has: {', '.join(info.splits)}")
-    mods = resolve(_left(own[0].mods, applied, folder), tree, str(features))
-    return DatasetOnDisk(card, folder, info, tuple(spec.split for spec in own), own[0].weight, mods)
+    applied = data.lock.mods_of(card.name) if data.lock else ()
+    return DatasetOnDisk(
+        card=card.with_recipe(own[0].recipe),
+        spec=own[0],
+        data=data,
+        folder=folder,
+        info=info,
+        tree=tree,
+        splits=tuple(spec.split for spec in own),
+        cameras=tuple(
+            Camera(role, key, tree.step[key]) for role, key in cameras_of(card, asking.cameras).items()
+        ),
+        mods=resolve(_left(own[0].mods, applied, folder), tree, str(features)),
+    )
+
+
+def missing_inputs(datasets: list[DatasetOnDisk], asking: Asking) -> list[str]:
+    """Cameras and states that were asked for and that a dataset does not have, a line each."""
+    lines = []
+    for dataset in datasets:
+        have = {camera.role for camera in dataset.cameras}
+        # A dataset whose only camera is on the arm shows that one when the primary is asked for.
+        lacks = [role for role in asking.cameras if role not in have and not (role == "primary" and have)]
+        lines += [f"{dataset.card.name}: has no {role} camera" for role in lacks]
+        if asking.state and not dataset.card.state.parts:
+            lines.append(f"{dataset.card.name}: has no robot state")
+    return lines
 
 
 def _left(asked: tuple[Mod, ...], applied: tuple[Mod, ...], folder: Path) -> tuple[Mod, ...]:
@@ -117,18 +211,17 @@ def _left(asked: tuple[Mod, ...], applied: tuple[Mod, ...], folder: Path) -> tup
 
 
 def shard_jobs(
-    dataset: DatasetOnDisk, out: Path, lock: Lock | None, seed: int, val_fraction: float
+    dataset: DatasetOnDisk, out: Path, rules: Rules, seed: int, val_fraction: float
 ) -> list[ShardJob]:
     """The shards of a dataset as jobs.
 
     Raises: UserError when a shard that dataset_info.json lists is not there.
     """
+    card, lock = dataset.card, dataset.data.lock
     shards = []
     for split in dataset.splits:
         lengths = dataset.info.splits[split].shard_lengths
-        sources = (lock.source_shards(dataset.card.name, split) if lock else None) or list(
-            range(len(lengths))
-        )
+        sources = (lock.source_shards(card.name, split) if lock else None) or list(range(len(lengths)))
         for index, (length, source_shard) in enumerate(zip(lengths, sources, strict=True)):
             file = dataset.folder / dataset.info.shard_file(split, index, len(lengths))
             if not file.exists():
@@ -138,7 +231,7 @@ def shard_jobs(
     several = sum(length for _, _, _, length, _, _ in shards) > 1
     return [
         ShardJob(
-            card=dataset.card,
+            card=card,
             split=split,
             index=index,
             num_shards=num_shards,
@@ -149,7 +242,17 @@ def shard_jobs(
             seed=seed,
             held_out_below=val_fraction,
             holds_out_first=several and val_fraction > 0 and (split, index) == shards[0][:2],
+            rules=_rules_for(dataset, rules),
+            cameras=dataset.cameras,
+            tree=dataset.tree,
             mods=dataset.mods,
         )
         for split, index, num_shards, length, source_shard, file in shards
     ]
+
+
+def _rules_for(dataset: DatasetOnDisk, rules: Rules) -> Rules:
+    """A dataset without a state is asked about without one."""
+    if not rules.asking.state or dataset.card.state.parts:
+        return rules
+    return replace(rules, asking=rules.asking.model_copy(update={"state": False}))

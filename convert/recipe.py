@@ -11,6 +11,9 @@ from convert.ops import apply_op
 from oxe_mix.cards import Card, FillTerm, Term
 from oxe_mix.rlds import Episode
 
+# A scaled column this near to a scaled zero does not move; OpenVLA's threshold.
+_IDLE = 1e-5
+
 
 @dataclass(frozen=True, slots=True)
 class Standardized:
@@ -35,14 +38,33 @@ def standardize(episode: Episode, card: Card) -> Standardized:
     Raises: ValueError for an action that is not finite, naming the source step, and for columns that are not
     there.
     """
-    before, after = _dropped(card)
-    num_steps = episode.num_steps - before - after
-    if num_steps <= 0:
-        return Standardized(np.zeros((0, card.action.dims), np.float32), before)
+    before, first, last = _dropped(card)
+    first_step, end = before + first, episode.num_steps - before - last
+    if end <= first:
+        return Standardized(np.zeros((0, card.action.dims), np.float32), first_step)
     columns = [_term(episode, term, before) for term in card.action.recipe]
-    actions = np.concatenate(columns, axis=1)[:num_steps]
-    _refuse_non_finite(actions, "action", before)
-    return Standardized(actions, before)
+    actions = np.concatenate(columns, axis=1)[first:end]
+    _refuse_non_finite(actions, "action", first_step)
+    return Standardized(actions, first_step)
+
+
+def zero_action(actions: NDArray[np.float32], card: Card) -> NDArray[np.bool_]:
+    """Which steps are idle and to be dropped, by the card's `drop_zero`; none without it.
+
+    Args:
+        actions: [T, A], robot units, as `standardize` gives them.
+
+    Returns: bool [T]; true where no column that `drop_zero` names, scaled to [-1, 1] by its quantiles, is
+        further than 1e-5 from a zero scaled alike.
+    Source: OpenVLA's zero_action_filter. That scales the actions by the statistics of the data and the zero
+        by the fixed quantiles, so with part of the data it finds no idle step; here both are scaled alike.
+    """
+    drop = card.action.drop_zero
+    if drop is None:
+        return np.zeros(len(actions), np.bool_)
+    width = len(drop.q01)
+    scaled = 2 * actions[:, :width].astype(np.float64) / (np.array(drop.q99) - np.array(drop.q01) + 1e-8)
+    return np.asarray((np.abs(scaled) <= _IDLE).all(axis=1))
 
 
 def proprioception(episode: Episode, card: Card) -> NDArray[np.float32]:
@@ -63,11 +85,13 @@ def _refuse_non_finite(values: NDArray[np.float32], what: str, first: int) -> No
         raise ValueError(f"step {t + first}, dimension {a}: {what} is {values[t, a]}")
 
 
-def _dropped(card: Card) -> tuple[int, int]:
-    """Steps that the card drops at the start and at the end."""
+def _dropped(card: Card) -> tuple[int, int, int]:
+    """Steps that the card drops: at the start before the recipe, at the start and at the end after it."""
+    action = card.action
     return (
-        int("drop_first_step" in card.action.trajectory_before),
-        int("drop_last_step" in card.action.trajectory_after),
+        int("drop_first_step" in action.trajectory_before),
+        int("drop_first_step" in action.trajectory_after),
+        int("drop_last_step" in action.trajectory_after),
     )
 
 

@@ -1,36 +1,46 @@
 """One shard of stage 2: read it once for statistics, once for conversations; write one finished output shard.
 
 Each function here is the whole work of one element of the Beam graph: it opens one shard and keeps one
-episode's frames in memory at a time. Output appears under its final name only when it is whole.
+episode's frames in memory at a time. Output appears under its final name only when it is whole, and what is
+finished is not done again.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import TypeVar
 
+import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
-from convert.action_codec import ActionStats, clipped, encode
-from convert.episodes import Trajectory, read_trajectory
-from convert.images import frame_suffix
-from convert.llava import CONVERSATIONS, IMAGES, VALIDATION, Place, conversation, json_line
-from convert.recipe import standardize
-from convert.statistics import action_stats
+from convert.action_codec import ActionStats
+from convert.frames import FolderWriter, TarWriter
+from convert.lines import LineWriter, index_of
+from convert.llava import CONVERSATIONS, IMAGES, VALIDATION, Place, conversation
+from convert.manifest import BadRecord
+from convert.options import Rules
+from convert.recipe import proprioception, standardize
+from convert.report import ShardReport, mark_of, read_report, write_report
+from convert.samples import FILTERED, Camera, EpisodeSamples, SampleRecipe, samples_of
+from convert.statistics import DatasetStats, column_stats
+from oxe_mix import __version__
 from oxe_mix.cards import Card
 from oxe_mix.errors import UserError
 from oxe_mix.files import atomic_write, read_model, write_json
 from oxe_mix.record_mods import RecordMods
-from oxe_mix.rlds import FEATURES_FILE, Episode, parse_features
+from oxe_mix.rlds import Episode, FeatureTree
 from oxe_mix.selection import uniform_hash
-from oxe_mix.tfrecord import read_records
+from oxe_mix.shards import boot_id
+from oxe_mix.tfrecord import Damage, TFRecordError, scan_records
 
-NO_INSTRUCTION, TOO_SHORT, RECIPE, FILTERED = "no_instruction", "too_short", "recipe", "filtered_by_mods"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,9 @@ class ShardJob:
     seed: int
     held_out_below: float  # an episode is held out when its hash is below this
     holds_out_first: bool  # and the first one whatever its hash
+    rules: Rules
+    cameras: tuple[Camera, ...]
+    tree: FeatureTree
     mods: RecordMods = field(default_factory=RecordMods)  # the mix's, where the download did not apply them
 
     @property
@@ -55,168 +68,226 @@ class ShardJob:
         """The name of this shard's outputs."""
         return f"{self.card.name}-{self.split}-{self.index:05d}-of-{self.num_shards:05d}"
 
+    @property
+    def frames(self) -> Path:
+        """Where its frames go: a folder or a tar."""
+        images = Path(self.out) / IMAGES
+        if self.rules.layout == "tar":
+            return images / f"{self.stem}.tar"
+        return images / self.card.name / self.split / str(self.index)
+
+    @property
+    def mark(self) -> str:
+        """Of all that decides what this shard becomes, but the statistics. The machine's boot is part of it:
+        what was not yet on the disk when the power went is not trusted.
+        """
+        stat = Path(self.file).stat()
+        return mark_of(self, stat.st_size, stat.st_mtime_ns, __version__, boot_id())
+
     def holds_out(self, episode: int) -> bool:
         """Whether an episode is for validation."""
-        place = (self.seed, self.card.name, self.split, self.source_shard, episode)
-        return uniform_hash(*place) < self.held_out_below or (self.holds_out_first and episode == 0)
+        return self.rank(episode) < self.held_out_below or (self.holds_out_first and episode == 0)
+
+    def rank(self, *place: int) -> float:
+        """A number in [0, 1) for an episode, or a step of one, that stays the same when a mix grows."""
+        return uniform_hash(self.seed, self.card.name, self.split, self.source_shard, *place)
 
 
-@dataclass(slots=True)
-class ShardCounts:
-    """What went in and what came out of one shard; in = written + held out + dropped, for episodes and
-    steps.
+class Collected(BaseModel):
+    """What the first pass found in a shard, beside the actions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    mark: str
+    num_trajectories: int
+
+
+def collect_actions(job: ShardJob, scratch: Path) -> None:
+    """First pass: every action of a shard, and every state where it is asked for, saved column by column for
+    the exact statistics.
+
+    Raises: UserError for a damaged shard or record, with its number, unless such are skipped.
     """
-
-    dataset: str
-    split: str
-    index: int
-    episodes: Counter[str] = field(default_factory=Counter)
-    steps: Counter[str] = field(default_factory=Counter)
-    image_bytes: int = 0
-    clipped: list[int] = field(default_factory=list)  # per dimension, over the written and held-out steps
-
-
-def collect_actions(job: ShardJob, folder: Path) -> str:
-    """First pass: every action of a shard, saved for the exact statistics; returns the file.
-
-    Raises: UserError for a damaged shard or record, with its number.
-    """
-    actions, num_records, num_trajectories = [np.zeros((0, job.card.action.dims), np.float32)], 0, 0
+    report, columns = scratch / f"{job.stem}.collected.json", scratch / f"{job.stem}.actions.npy"
+    mark = job.mark
+    if columns.exists() and report.exists() and read_model(Collected, report, "our own notes").mark == mark:
+        return
+    rows, bad = [np.zeros((0, job.card.action.dims), np.float32)], list[BadRecord]()
     # Frames are not read here, so of the mods only the filters count.
-    for number, (episode, kept) in enumerate(_episodes(job, job.mods.filters)):
-        num_records = number + 1
-        if kept:
-            with _placed(job, number):
-                actions.append(standardize(episode, job.card).actions)
-            num_trajectories += 1
-    if num_records != job.num_episodes:
-        raise UserError(
-            f"{job.file}: holds {num_records} episodes, dataset_info.json says {job.num_episodes}"
-        )
-    file = folder / f"{job.stem}.npz"
-    with atomic_write(file) as stream:
-        np.savez(stream, actions=np.concatenate(actions), num_trajectories=np.array(num_trajectories))
-    return str(file)
+    for number, values in _episodes(job, job.mods.filters, partial(_rows, job), bad):
+        if values is not None and not (job.rules.statistics == "train" and job.holds_out(number)):
+            rows.append(values)
+    with atomic_write(columns, flush=False) as stream:
+        np.save(stream, np.ascontiguousarray(np.concatenate(rows[1:] or rows).T))
+    write_json(report, Collected(mark=mark, num_trajectories=len(rows) - 1).model_dump(mode="json"))
 
 
-def merge_actions(card: Card, files: list[str], folder: Path) -> str:
-    """Between the passes: one dataset's statistics from the saved actions of all its shards; returns the
-    file.
+def _rows(job: ShardJob, _: int, episode: Episode, kept_by_mods: bool) -> NDArray[np.float32] | None:
+    """Actions of an episode, and states behind them, [T, A + S]; None when the mods drop it."""
+    if not kept_by_mods:
+        return None
+    kept = standardize(episode, job.card)
+    if not job.rules.asking.state:
+        return kept.actions
+    return np.concatenate([kept.actions, proprioception(episode, job.card)[kept.steps]], axis=1)
+
+
+def merge_actions(jobs: list[ShardJob], scratch: Path) -> None:
+    """Between the passes: one dataset's statistics from the saved actions of all its shards.
+
+    Raises: UserError when no step is left.
     """
-    parts = [np.load(file) for file in sorted(files)]
-    trajectories = sum(int(part["num_trajectories"]) for part in parts)
+    card = jobs[0].card
+    stems = sorted(job.stem for job in jobs)
+    notes = [read_model(Collected, scratch / f"{stem}.collected.json", "our own notes") for stem in stems]
+    parts = [np.load(scratch / f"{stem}.actions.npy", mmap_mode="r") for stem in stems]
+    parts = [part for part in parts if part.shape[1]] or parts[:1]
+    num_trajectories, num_actions = sum(note.num_trajectories for note in notes), card.action.dims
+
+    def stats(first: int, end: int, mask: tuple[bool, ...]) -> ActionStats:
+        columns = (np.concatenate([part[a] for part in parts]) for a in range(first, end))
+        return column_stats(columns, mask, num_trajectories)
+
+    num_states = len(parts[0]) - num_actions
     try:
-        stats = action_stats(
-            np.concatenate([part["actions"] for part in parts]), card.normalise_mask, trajectories
+        own = DatasetStats(
+            actions=stats(0, num_actions, card.normalise_mask),
+            states=stats(num_actions, len(parts[0]), (True,) * num_states) if num_states else None,
         )
     except ValueError as error:
         raise UserError(f"{card.name}: {error}") from error
-    file = folder / f"{card.name}.json"
-    write_json(file, stats.model_dump(mode="json"))
-    return str(file)
+    write_json(stats_file(scratch, card.name), own.model_dump(mode="json"))
 
 
-def read_stats(file: str) -> ActionStats:
+def stats_file(scratch: Path, name: str) -> Path:
+    """Where a dataset's statistics wait for the second pass."""
+    return scratch / f"{name}.stats.json"
+
+
+def read_stats(scratch: Path, name: str) -> DatasetStats:
     """The statistics that `merge_actions` wrote."""
-    return read_model(ActionStats, Path(file), "action statistics")
+    return read_model(DatasetStats, stats_file(scratch, name), "our own notes")
 
 
-def convert_shard(job: ShardJob, stats: ActionStats) -> ShardCounts:
-    """Second pass: conversations and frames of one shard, written whole or not at all.
+def report_file(scratch: Path, job: ShardJob) -> Path:
+    """Where the report of a finished shard stands."""
+    return scratch / f"{job.stem}.report.json"
 
-    Raises: UserError for a damaged shard, record or frame, with its number.
+
+def convert_shard(job: ShardJob, scratch: Path) -> None:
+    """Second pass: conversations and frames of one shard, written whole or not at all, and a report of it.
+
+    Raises: UserError for a damaged shard, record or frame, with its number, unless such are skipped.
     """
-    counts = ShardCounts(job.card.name, job.split, job.index, clipped=[0] * job.card.action.dims)
-    out = Path(job.out)
-    final = out / IMAGES / job.card.name / job.split / str(job.index)
-    images = final.with_name(f".{job.index}.tmp")
-    shutil.rmtree(images, ignore_errors=True)
-    images.mkdir(parents=True)
-    output = _Output(job, stats, images, counts)
-    train, held_out = (out / folder / f"{job.stem}.jsonl" for folder in (CONVERSATIONS, VALIDATION))
-    with atomic_write(train) as train_lines, atomic_write(held_out) as val_lines:
-        for number, (episode, kept) in enumerate(_episodes(job, job.mods)):
-            if not kept:
-                counts.episodes.update(["in", FILTERED])
-                counts.steps.update({"in": episode.num_steps, FILTERED: episode.num_steps})
-                continue
-            with _placed(job, number):
-                trajectory = read_trajectory(episode, job.card)
-                kind = _count(trajectory, counts, held_out=job.holds_out(number))
-                if kind in ("written", "held_out"):
-                    lines = val_lines if kind == "held_out" else train_lines
-                    output.write(number, trajectory, lines)
-        shutil.rmtree(final, ignore_errors=True)
-        images.rename(final)
-    return counts
+    stats = read_stats(scratch, job.card.name)
+    mark = mark_of(job.mark, stats.model_dump_json())
+    done = read_report(report_file(scratch, job))
+    if done is not None and done.mark == mark and _is_there(job, done):
+        return
+    report_file(scratch, job).unlink(missing_ok=True)
+    report = ShardReport(mark=mark, dataset=job.card.name, split=job.split, index=job.index)
+    out, name = Path(job.out), f"{job.stem}.jsonl"
+    with ExitStack() as stack:
+        frames: FolderWriter | TarWriter
+        frames = TarWriter(job.frames) if job.rules.layout == "tar" else FolderWriter(job.frames)
+        stack.enter_context(frames)
+        num_tarred = len(job.cameras) if job.rules.layout == "tar" else 0
+        train, val = (
+            stack.enter_context(
+                LineWriter(out, f"{folder}/{name}", num_tarred, keep_empty=folder == CONVERSATIONS)
+            )
+            for folder in (CONVERSATIONS, VALIDATION)
+        )
+        shard = _Output(job, frames, report)
+        recipe = SampleRecipe(job.card, job.rules, stats, job.cameras)
+        work = partial(_samples, job, recipe)
+        for number, samples in _episodes(job, job.mods, work, report.bad):
+            held_out = job.holds_out(number)
+            report.count(samples, held_out=held_out)
+            shard.write(number, samples, val if held_out else train)
+    report.count_bad()
+    report.train_file, report.val_file = train.written, val.written
+    write_report(report_file(scratch, job), report)
 
 
-def _count(trajectory: Trajectory, counts: ShardCounts, *, held_out: bool) -> str:
-    """Book an episode and its steps under what becomes of them; returns what becomes of the episode."""
-    kept = len(trajectory.actions)
-    kind = "held_out" if held_out else "written"
-    if kept == 0:
-        kind = TOO_SHORT
-    elif not trajectory.labelled:
-        kind = NO_INSTRUCTION
-    counts.episodes.update(["in", kind])
-    counts.steps.update(
-        {"in": trajectory.num_source_steps, RECIPE: trajectory.num_source_steps - kept, kind: kept}
-    )
-    return kind
+def _is_there(job: ShardJob, report: ShardReport) -> bool:
+    """Whether what a report tells of still lies in the folder."""
+    files = [Path(job.out) / file.path for file in (report.train_file, report.val_file) if file]
+    return job.frames.exists() and all(file.exists() and index_of(file).exists() for file in files)
+
+
+def _samples(
+    job: ShardJob, recipe: SampleRecipe, number: int, episode: Episode, kept_by_mods: bool
+) -> EpisodeSamples:
+    if not kept_by_mods:
+        dropped = Counter({FILTERED: episode.num_steps})
+        return EpisodeSamples(episode.num_steps, dropped, FILTERED)
+    return samples_of(episode, recipe, partial(job.rank, number))
 
 
 @dataclass(frozen=True, slots=True)
 class _Output:
-    """Where the frames of a shard go, and the statistics that its actions are encoded with."""
+    """Where the frames and lines of a shard go."""
 
     job: ShardJob
-    stats: ActionStats
-    images: Path
-    counts: ShardCounts
+    frames: FolderWriter | TarWriter
+    report: ShardReport
 
-    def write(self, number: int, trajectory: Trajectory, lines: IO[bytes]) -> None:
-        """Write an episode: a file per frame, a line per step."""
-        job, counts = self.job, self.counts
-        bins = encode(trajectory.actions, self.stats)
-        lost = clipped(trajectory.actions, self.stats).sum(axis=0)
-        counts.clipped = [before + int(own) for before, own in zip(counts.clipped, lost, strict=True)]
-        for t, frame in enumerate(trajectory.frames):
-            place = Place(job.card.name, job.split, job.index, number, trajectory.first_step + t)
-            image = place.image(frame_suffix(frame))
-            (self.images / Path(image).name).write_bytes(frame)
-            counts.image_bytes += len(frame)
-            lines.write(json_line(conversation(place, image, trajectory.instruction(t), bins[t])))
+    def write(self, number: int, samples: EpisodeSamples, lines: LineWriter) -> None:
+        """Write an episode: its frames, and a line per step."""
+        job, report = self.job, self.report
+        single, mark = len(job.cameras) == 1, "." if job.rules.layout == "tar" else "-"
+        for n, step in enumerate(samples.steps):
+            place = Place(job.card.name, job.split, job.index, number, step)
+            images, offsets = [], []
+            for camera, values in zip(job.cameras, samples.frames, strict=True):
+                suffix, frame = values[n]
+                name = place.image(suffix if single else f"{mark}{camera.role}{suffix}")
+                offset = self.frames.add(name, frame)
+                images.append(name)
+                offsets += [offset, len(frame)] if job.rules.layout == "tar" else []
+                report.num_images += 1
+                report.image_bytes += len(frame)
+                report.image_crc32c = google_crc32c.extend(report.image_crc32c, frame)
+            lines.add(conversation(place, images, samples.questions[n], samples.bins[n]), offsets)
 
 
-def _episodes(job: ShardJob, mods: RecordMods) -> Iterator[tuple[Episode, bool]]:
-    """The episodes of a shard after the mods, and whether these keep it."""
-    features = Path(job.file).parent / FEATURES_FILE
-    tree = parse_features(features.read_text(), str(features))
+def _episodes(
+    job: ShardJob, mods: RecordMods, work: Callable[[int, Episode, bool], _T], bad: list[BadRecord]
+) -> Iterator[tuple[int, _T]]:
+    """The number of each record, and what `work` makes of its number, its episode, and whether the mods keep
+    it. A record that is damaged, or that `work` refuses, ends the run, or is booked in `bad`.
+
+    Raises: UserError with shard, record number and offset.
+    """
+    num_records = 0
     with Path(job.file).open("rb") as stream:
-        for number, record in enumerate(read_records(stream, job.file)):
-            with _placed(job, number):
+        for record in scan_records(stream, job.file):
+            num_records, num_steps = record.number + 1, 0
+            try:
+                if isinstance(record, Damage):
+                    raise record.error
                 payload = mods.apply(record.payload) if mods else record.payload
-                episode = Episode(record.payload if payload is None else payload, tree)
-            yield episode, payload is not None
+                episode = Episode(record.payload if payload is None else payload, job.tree)
+                num_steps = episode.num_steps
+                result = work(record.number, episode, payload is not None)
+            except TFRecordError as error:
+                _refuse(job, bad, BadRecord.of(record, num_steps, str(error)))
+            except ValueError as error:
+                where = f"{job.file}: record {record.number} at byte {record.offset}"
+                _refuse(job, bad, BadRecord.of(record, num_steps, f"{where}: {error}"))
+            else:
+                yield record.number, result
+    wrong = f"{job.file}: holds {num_records} episodes, dataset_info.json says {job.num_episodes}"
+    if num_records > job.num_episodes:
+        raise UserError(wrong)
+    for number in range(num_records, job.num_episodes):
+        _refuse(job, bad, BadRecord(record=number, error=wrong))
 
 
-@contextmanager
-def _placed(job: ShardJob, number: int) -> Iterator[None]:
-    """Say in which record of which shard a value was wrong."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{job.file}: record {number}: {error}") from error
-
-
-def counts_to_json(counts: ShardCounts) -> dict[str, Any]:
-    """As it comes back through Beam."""
-    return {field.name: getattr(counts, field.name) for field in fields(counts)}
-
-
-def counts_from_json(value: dict[str, Any]) -> ShardCounts:
-    """The inverse of `counts_to_json`."""
-    return ShardCounts(**{**value, "episodes": Counter(value["episodes"]), "steps": Counter(value["steps"])})
+def _refuse(job: ShardJob, bad: list[BadRecord], record: BadRecord) -> None:
+    """Book a broken record. Raises: UserError when it is not to be skipped, or one too many."""
+    if job.rules.max_bad is None:
+        raise UserError(record.error)
+    bad.append(record)
+    if len(bad) > job.rules.max_bad:
+        raise UserError(f"{record.error}; with it more than --max-bad {job.rules.max_bad} records are broken")

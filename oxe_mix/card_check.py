@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oxe_mix.cards import Card, FillTerm, KeyTerm, OpName, Slice
+from oxe_mix.cards import Action, Card, FillTerm, KeyTerm, OpName, Slice, State
 from oxe_mix.errors import UserError
 from oxe_mix.rlds import Feature, FeatureTree, Key
 from oxe_mix.yaml_files import Loc, line_of
@@ -32,10 +32,10 @@ def op_width(width: int, op: OpName | Slice) -> int:
         if out == 0:
             raise ValueError(f"slice {list(op.slice)} of {width} columns is empty")
         return out
-    if op == "quat_to_euler":
+    if op in ("quat_to_euler", "wxyz_to_xyzw"):
         if width != 4:
-            raise ValueError(f"quat_to_euler takes 4 columns, there are {width}")
-        return 3
+            raise ValueError(f"{op} takes 4 columns, there are {width}")
+        return 3 if op == "quat_to_euler" else 4
     if op in ("binarize", "rel2abs") and width != 1:
         raise ValueError(f"{op} takes one gripper column, there are {width}")
     return width
@@ -50,16 +50,25 @@ def _first_misfit(card: Card, tree: FeatureTree) -> tuple[Loc, str] | None:
                 return (group, role), f"no image feature {'/'.join(key)}"
     if card.language.key not in tree.step:
         return ("language", "key"), f"no feature {'/'.join(card.language.key)}"
+    misfit = _misfit_of(card.action, card.state, tree, ())
+    if misfit is None and card.corrected:
+        ours = card.with_recipe("corrected")
+        misfit = _misfit_of(ours.action, ours.state, tree, ("corrected",))
+    return misfit
+
+
+def _misfit_of(action: Action, state: State, tree: FeatureTree, at: Loc) -> tuple[Loc, str] | None:
+    """The same of one recipe, which stands below `at` in the card."""
     total = 0
-    for at, terms in ((("action", "recipe"), card.action.recipe), (("state", "parts"), card.state.parts)):
+    for own, terms in ((("action", "recipe"), action.recipe), (("state", "parts"), state.parts)):
         for i, term in enumerate(terms):
             try:
                 width = term.dims if isinstance(term, FillTerm) else _key_width(term, tree.step)
             except ValueError as error:
-                return (*at, i), str(error)
-            total += width if at[0] == "action" else 0
-    if total != card.action.dims:
-        return ("action", "dims"), f"the recipe comes to {total} columns, dims says {card.action.dims}"
+                return (*at, *own, i), str(error)
+            total += width if own[0] == "action" else 0
+    if total != action.dims:
+        return (*at, "action", "dims"), f"the recipe comes to {total} columns, dims says {action.dims}"
     return None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.mods import Mod
@@ -28,10 +28,18 @@ OpName = Literal[
     "invert",
     "binarize",
     "rel2abs",
+    "wxyz_to_xyzw",
     "quat_to_euler",
     "next_state_delta",
+    "previous_delta",
+    "wrap_angle",
     "inflate_zlib_f32",
 ]
+# A difference has no value at one end of the episode; that step has to be dropped after the recipe.
+_NEEDS = {"next_state_delta": "drop_last_step", "previous_delta": "drop_first_step"}
+# Where OpenVLA's recipe of a dataset is known to be wrong, a mix may ask for the corrected one.
+Recipe = Literal["openvla", "corrected"]
+ActionKind = Literal["delta", "absolute"]
 LanguageDecode = Literal["utf8", "int32_codepoints"]
 
 
@@ -77,6 +85,13 @@ class State(_Strict):
     parts: tuple[Term, ...] = ()
 
 
+class DropZero(_Strict):
+    """Which steps are idle: those whose six movements, scaled by these fixed quantiles, are all at zero."""
+
+    q01: tuple[FiniteFloat, ...] = Field(min_length=6, max_length=6)
+    q99: tuple[FiniteFloat, ...] = Field(min_length=6, max_length=6)
+
+
 class Action(_Strict):
     """The recipe that turns recorded steps into the action vector, gripper last (1 open, 0 closed)."""
 
@@ -84,15 +99,34 @@ class Action(_Strict):
     dims: int = Field(gt=0)
     recipe: tuple[Term, ...]
     trajectory_before: tuple[Literal["drop_first_step"], ...] = ()
-    trajectory_after: tuple[Literal["drop_last_step"], ...] = ()
+    trajectory_after: tuple[Literal["drop_first_step", "drop_last_step"], ...] = ()
+    drop_zero: DropZero | None = None  # idle steps; none are dropped without it
 
     @model_validator(mode="after")
-    def _delta_needs_drop(self) -> Action:
+    def _ops_and_drops_agree(self) -> Action:
         ops = [op for term in self.recipe if isinstance(term, KeyTerm) for op in term.ops]
-        if "next_state_delta" in ops and "drop_last_step" not in self.trajectory_after:
-            raise ValueError(
-                "next_state_delta has no value for the last step; add trajectory_after: [drop_last_step]"
-            )
+        for op, drop in _NEEDS.items():
+            if op in ops and drop not in self.trajectory_after:
+                end = drop.split("_")[1]
+                raise ValueError(f"{op} has no value for the {end} step; add trajectory_after: [{drop}]")
+        if self.drop_zero and self.dims < len(self.drop_zero.q01):
+            raise ValueError(f"drop_zero is of six movements, dims is {self.dims}")
+        return self
+
+
+class Corrected(_Strict):
+    """What stands in for OpenVLA's recipe where that is known to be wrong; what is left out stays."""
+
+    differs: str
+    source: str
+    action: Action | None = None
+    state: State | None = None
+    action_kind: ActionKind | None = None
+
+    @model_validator(mode="after")
+    def _corrects_something(self) -> Corrected:
+        if self.action is None and self.state is None and self.action_kind is None:
+            raise ValueError("corrects nothing; give action, state or action_kind")
         return self
 
 
@@ -132,9 +166,8 @@ class Card(_Strict):
     depth: Cameras = Cameras()
     state: State
     action: Action
-    action_kind: Literal[
-        "delta", "absolute"
-    ]  # decides what stands past an episode's end when answers are chunks
+    action_kind: ActionKind  # decides what stands past an episode's end when answers are chunks
+    corrected: Corrected | None = None
     language: Language
     normalise_mask: tuple[bool, ...]
     mods: tuple[Mod, ...] = ()  # advice: applied only when a mix asks for them
@@ -147,7 +180,22 @@ class Card(_Strict):
             raise ValueError(
                 f"normalise_mask has {len(self.normalise_mask)} entries, action.dims is {self.action.dims}"
             )
+        own = self.corrected.action if self.corrected else None
+        if own and own.dims != self.action.dims:
+            raise ValueError(f"corrected.action.dims is {own.dims}, action.dims is {self.action.dims}")
         return self
+
+    def with_recipe(self, recipe: Recipe) -> Card:
+        """The card with the recipe that a mix asks for.
+
+        Raises: UserError when it asks for a corrected one and there is none.
+        """
+        if recipe == "openvla":
+            return self
+        if self.corrected is None:
+            raise UserError(f"card {self.name}: has no corrected recipe; drop `recipe: corrected`")
+        parts = {key: getattr(self.corrected, key) for key in ("action", "state", "action_kind")}
+        return self.model_copy(update={key: part for key, part in parts.items() if part is not None})
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from oxe_mix.cards import Card, Cards, FillTerm, OpName, Slice, Term, load_cards
+from oxe_mix.cards import Card, Cards, Corrected, FillTerm, OpName, Slice, Term, load_cards
 from oxe_mix.mix import OPEN_X_BUCKET
 from oxe_mix.mods import FlipChannels, Mod, Resize
 from oxe_mix.text import count, say, table
@@ -46,6 +46,7 @@ def summary(card: Card) -> dict[str, Any]:
         "size_gib": card.size_gib,
         "action": {"encoding": card.action.encoding, "dims": card.action.dims, "kind": card.action_kind},
         "defects": len(card.defects),
+        "corrected": card.corrected is not None,
         "mods": [mod_text(mod) for mod in card.mods],
     }
 
@@ -79,9 +80,11 @@ def datasets_text(cards: Cards) -> str:
 
 def card_text(card: Card) -> str:
     """One card in full."""
-    lines = [f"{card.name} {card.version}"]
-    for label, values in _facts(card):
-        lines += [f"  {label if i == 0 else '':{_LABEL}}{value}" for i, value in enumerate(values)]
+    lines = [f"{card.name} {card.version}", *_labelled(_facts(card))]
+    if card.corrected:
+        lines += ["", "corrected recipe, for a mix that says recipe: corrected"]
+        lines += [*_wrapped(card.corrected.differs), *_wrapped(f"source: {card.corrected.source}", "    ")]
+        lines += _labelled(_recipe(card.corrected))
     lines += ["", "notes" if card.notes else "notes: none"]
     lines += [line for note in card.notes for line in _wrapped(note)]
     lines += ["", f"known defects ({len(card.defects)})" if card.defects else "known defects: none"]
@@ -139,18 +142,34 @@ def _facts(card: Card) -> Iterator[tuple[str, Sequence[str]]]:
     yield "cameras", [_by_role(card.cameras.model_dump())]
     if any(card.depth.model_dump().values()):
         yield "depth", [_by_role(card.depth.model_dump())]
-    yield "state", [card.state.encoding, *map(_term, card.state.parts)]
-    action = card.action
-    yield (
-        "action",
-        [f"{action.encoding}, {action.dims} columns, {card.action_kind}", *map(_term, action.recipe)],
-    )
-    if dropped := [*action.trajectory_before, *action.trajectory_after]:
-        yield "steps lost", [", ".join(dropped)]
+    yield from _recipe(card)
     raw = [str(i) for i, scaled in enumerate(card.normalise_mask) if not scaled]
     yield "normalised", [f"every column but {', '.join(raw)}" if raw else "every column"]
     yield "language", [f"{'/'.join(card.language.key)}, {card.language.decode}"]
     yield "mods advised", [", ".join(map(mod_text, card.mods)) or "none"]
+
+
+def _recipe(part: Card | Corrected) -> Iterator[tuple[str, Sequence[str]]]:
+    """State and action of a card, or what its corrected recipe puts in their place."""
+    if part.state:
+        yield "state", [part.state.encoding, *map(_term, part.state.parts)]
+    if part.action:
+        action = part.action
+        kind = f", {part.action_kind}" if part.action_kind else ""
+        yield "action", [f"{action.encoding}, {action.dims} columns{kind}", *map(_term, action.recipe)]
+        idle = ["idle steps (drop_zero)"] if action.drop_zero else []
+        if dropped := [*action.trajectory_before, *action.trajectory_after, *idle]:
+            yield "steps lost", [", ".join(dropped)]
+    elif part.action_kind:
+        yield "action", [f"the same columns, {part.action_kind}"]
+
+
+def _labelled(facts: Iterator[tuple[str, Sequence[str]]]) -> list[str]:
+    return [
+        f"  {label if i == 0 else '':{_LABEL}}{value}"
+        for label, values in facts
+        for i, value in enumerate(values)
+    ]
 
 
 def _location(card: Card) -> str:

@@ -99,21 +99,104 @@ def convert(
     mix: Annotated[
         Path | None, typer.Option(help="Mix file; if not given, the one that was downloaded.")
     ] = None,
-    data: Annotated[Path, typer.Option(help="Folder of RLDS datasets.")] = Path("data"),
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Folder of RLDS datasets [default: data]. Again: another one.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for conversations, images and the action codec.")] = Path(
         "llava"
     ),
+    only: Annotated[list[str] | None, typer.Option(help="Only this dataset. Again: another one.")] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the episodes to hold out, in [0, 1).")] = 0.0,
+    statistics: Annotated[
+        str, typer.Option(help="Scale actions by the steps of all episodes, or of train only.")
+    ] = "all",
+    layout: Annotated[str, typer.Option(help="Frames as files, or in one tar per shard.")] = "files",
+    array: Annotated[bool, typer.Option("--json", help="All samples as one .json array, too.")] = False,
+    images: Annotated[str, typer.Option(help="keep the bytes, or jpeg:Q to turn PNG into JPEG.")] = "keep",
+    resize: Annotated[
+        int | None, typer.Option(min=16, help="Longer side of the frames at most; never enlarged.")
+    ] = None,
+    cameras: Annotated[str, typer.Option(help="Of primary, secondary, wrist, with commas.")] = "primary",
+    state: Annotated[bool, typer.Option("--state", help="The robot's own state in the prompt.")] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Go on where a dataset lacks a camera or state.")
+    ] = False,
+    prompt: Annotated[str | None, typer.Option(help="Other words around {instruction}.")] = None,
+    binning: Annotated[str, typer.Option(help="uniform256, or openvla255.")] = "uniform256",
+    chunk: Annotated[int, typer.Option(min=1, max=256, help="Actions per answer.")] = 1,
+    chunk_end: Annotated[
+        str | None, typer.Option(help="Past an episode's end: repeat, neutral or drop [default: the card's].")
+    ] = None,
+    stride: Annotated[int, typer.Option(min=1, help="Every how many steps one is taken.")] = 1,
+    steps_per_episode: Annotated[int | None, typer.Option(min=1, help="A seeded sample of so many.")] = None,
+    drop_idle: Annotated[
+        bool, typer.Option("--drop-idle", help="Leave out steps whose tokens say not to move.")
+    ] = False,
+    on_bad_record: Annotated[str, typer.Option(help="stop at a broken record, or skip it.")] = "stop",
+    max_bad: Annotated[int, typer.Option(min=0, help="Broken records to skip at most.")] = 10,
     cards: CardsFolder = None,
     workers: Workers = None,
+    runner: Runner = "local",
+    beam_options: BeamOptions = None,
 ) -> None:
     """Turn RLDS into conversations with action tokens; frames are copied as they are."""
-    from convert.stage2 import ConvertOptions, run_convert
+    from convert.options import ConvertOptions
+    from convert.stage2 import run_convert
+    from oxe_mix.engine import Engine
 
     options = ConvertOptions(
-        to=to, mix=mix, data=data, out=out, val_fraction=val_fraction, cards=cards, workers=workers
+        to=to,
+        mix=mix,
+        data=tuple(data or [Path("data")]),
+        out=out,
+        only=tuple(only or ()),
+        val_fraction=val_fraction,
+        statistics=statistics,
+        cards=cards,
+        layout=layout,
+        array=array,
+        images=images,
+        resize=resize,
+        cameras=cameras,
+        state=state,
+        allow_missing=allow_missing,
+        prompt=prompt,
+        binning=binning,
+        chunk=chunk,
+        chunk_end=chunk_end,
+        stride=stride,
+        steps_per_episode=steps_per_episode,
+        drop_idle=drop_idle,
+        on_bad_record=on_bad_record,
+        max_bad=max_bad,
     )
-    raise typer.Exit(run_convert(options))
+    raise typer.Exit(run_convert(options, Engine(runner, workers, tuple(beam_options or ()))))
+
+
+@app.command("check")
+def check_llava(
+    llava: Annotated[Path, typer.Argument(help="Folder that convert wrote.")] = Path("llava"),
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every frame, too.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; if not given, one per core.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every line and frame of a converted folder and say whether a trainer can use them all."""
+    from convert.check import run_check
+
+    raise typer.Exit(run_check(llava, jobs, decode=decode, as_json=as_json))
+
+
+@app.command()
+def pack(
+    episodes: Annotated[Path, typer.Argument(help="Folder with one folder for each episode.")],
+    card: Annotated[Path, typer.Option(help="The card of this robot, a YAML file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the dataset: NAME/VERSION/ below it.")] = Path("data"),
+    shard_mb: Annotated[float, typer.Option(help="Megabytes of a shard, about.")] = 256.0,
+) -> None:
+    """Turn a folder of your own episodes (frames, steps.csv, instruction.txt) into RLDS, by your card."""
+    from oxe_mix.pack import PackOptions, run_pack
+
+    raise typer.Exit(run_pack(PackOptions(episodes=episodes, card=card, out=out, shard_mb=shard_mb)))
 
 
 @app.command()

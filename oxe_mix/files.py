@@ -20,17 +20,18 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, flush: bool = True) -> Iterator[IO[bytes]]:
     """Open `path` for writing under a temporary name; it appears, whole, when the block ends without an
-    error.
+    error. `flush` false: for bulk data that is flushed to disk later, all at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            if flush:
+                stream.flush()
+                os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from oxe_mix.cards import Cards
+from oxe_mix.cards import Cards, Recipe
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.mods import Mod
 from oxe_mix.rlds import SAFE_NAME
@@ -37,6 +37,7 @@ class DatasetSpec(BaseModel):
     source: Sources | None = None  # where this dataset lies, when not in the mix's source
     max_gb: Gigabytes | None = None  # scales the fraction down to at most this, in 10^9 bytes
     mods: tuple[Mod, ...] = ()  # what is changed in its records, in this order
+    recipe: Recipe = "openvla"  # or its card's corrected one; the records on disk are the same
 
     @field_validator("name", "version", "split")
     @classmethod
@@ -55,7 +56,7 @@ class DatasetSpec(BaseModel):
 
 
 # What belongs to a dataset rather than to one of its splits.
-_SHARED: tuple[Literal["version", "weight", "source", "mods"], ...] = ("version", "weight", "source", "mods")
+_SHARED = ("version", "weight", "source", "mods", "recipe")
 
 
 class Mix(BaseModel):

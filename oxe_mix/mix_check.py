@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from oxe_mix.card_check import check_fits
-from oxe_mix.cards import Card, Cards, load_cards
+from oxe_mix.cards import Card, Cards, Recipe, load_cards
 from oxe_mix.catalog import mod_kinds, mod_text, number
 from oxe_mix.errors import UserError
 from oxe_mix.mix import OPEN_X_BUCKET, DatasetSpec, Mix, find_mix, load_mix
@@ -31,6 +31,7 @@ class Share:
     gib: float | None
     mods: tuple[Mod, ...]
     defects: int
+    recipe: Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def report_text(report: MixReport) -> str:
         [
             table(header, rows),
             _totals(report.shares),
+            *_corrected(report.shares),
             *(f"warning: {line}" for line in report.warnings),
             f"{report.file}: sound, {count(len(report.warnings), 'warning')}",
             f"next: oxe-mix download --mix {report.file} --dry-run",
@@ -108,12 +110,16 @@ def report_json(report: MixReport) -> str:
 
 
 def _misfits(spec: DatasetSpec, cards: Cards, where: str) -> list[str]:
-    """What a shipped tree says against a card and the mods that a mix asks for."""
+    """What a card says against the recipe that a mix asks for, and a shipped tree against card and mods."""
     card = cards.get(spec.name)
     tree = shipped_tree(card.tree or card.name)
-    if tree is None:
-        return []
     lines = []
+    try:
+        card.with_recipe(spec.recipe)
+    except UserError as error:
+        lines.append(f"{where}.recipe: {error}")
+    if tree is None:
+        return lines
     try:
         check_fits(card, cards.file_of(card), tree, f"shipped feature tree of {card.tree or card.name}")
     except UserError as error:
@@ -140,6 +146,7 @@ def _share(spec: DatasetSpec, card: Card) -> Share:
         gib=None if card.size_gib is None else card.size_gib * part,
         mods=spec.mods,
         defects=len(card.defects),
+        recipe=spec.recipe,
     )
 
 
@@ -177,6 +184,11 @@ def _budgets(mix: Mix) -> list[str]:
     if mix.max_gb is None and all(spec.max_gb is None for spec in mix.datasets):
         return []
     return ["max_gb may scale fractions down at download; the figures here are before that"]
+
+
+def _corrected(shares: tuple[Share, ...]) -> list[str]:
+    names = dict.fromkeys(share.name for share in shares if share.recipe == "corrected")
+    return [f"corrected recipe: {', '.join(names)}"] if names else []
 
 
 def _totals(shares: tuple[Share, ...]) -> str:

@@ -6,17 +6,16 @@ flip or a resize is due, and encoded once, as they came: JPEG at quality 95 with
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from typing import Any
 
 from oxe_mix.errors import UserError
+from oxe_mix.images import FrameChange, reencode, shrunk
 from oxe_mix.mods import FLIPS, FlipChannels, Mod, Resize
 from oxe_mix.rlds import Feature, FeatureTree, Key
 
 _SUCCESS: tuple[Key, ...] = (("success",), ("episode_metadata", "success"))
-_JPEG, _PNG = b"\xff\xd8", b"\x89PNG"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +103,6 @@ def resized_features(text: str, mods: tuple[Mod, ...]) -> str:
     return json.dumps(raw, indent=4)
 
 
-def shrunk(width: int, height: int, max_side: int) -> tuple[int, int]:
-    """Width and height with the longer side at most `max_side`, aspect kept; never enlarged."""
-    scale = min(1.0, max_side / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
-
-
 def _flipped(mod: Any, tree: FeatureTree, where: str) -> list[Key]:
     names = mod.flip_channels if isinstance(mod, FlipChannels) else FLIPS[mod]
     keys: list[Key] = [("observation", name) for name in names]
@@ -139,28 +132,10 @@ def _change(features: Any, mod: FrameMod) -> bool:
 
 def _frame(encoded: bytes, mod: FrameMod) -> bytes:
     """One frame after a mod; the very same object when nothing changes."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not encoded.startswith((_JPEG, _PNG)):
-        raise ValueError(f"{mod.column}: a frame is neither JPEG nor PNG")
     try:
-        image: Image.Image = Image.open(io.BytesIO(encoded))
-        size = shrunk(*image.size, mod.max_side) if mod.max_side else image.size
-        if not mod.flip and size == image.size:
-            return encoded
-        image = image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{mod.column}: a frame cannot be decoded ({error})") from error
-    if mod.flip:
-        image = Image.merge("RGB", image.split()[::-1])
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    if encoded.startswith(_JPEG):
-        image.save(out, "JPEG", quality=95, subsampling=0)
-    else:
-        image.save(out, "PNG")
-    return out.getvalue()
+        return reencode(encoded, FrameChange(max_side=mod.max_side, flip=mod.flip))
+    except ValueError as error:
+        raise ValueError(f"{mod.column}: {error}") from error
 
 
 def _resize_shapes(node: Any, max_side: int, name: str) -> None:

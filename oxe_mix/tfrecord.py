@@ -38,10 +38,28 @@ class TFRecordError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record: its bytes as framed in the file, and the payload inside them."""
+    """One record: its place, the payload, and what stands around it in the file."""
 
-    framed: bytes
+    number: int
+    offset: int
+    header: bytes
     payload: bytes
+    footer: bytes
+
+    @property
+    def framed(self) -> bytes:
+        """The record as it stands in the file."""
+        return b"".join((self.header, self.payload, self.footer))
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A record that cannot be read; `rest` when no later one can be found either."""
+
+    number: int
+    offset: int
+    error: TFRecordError
+    rest: bool
 
 
 def frame(payload: bytes) -> bytes:
@@ -127,7 +145,7 @@ class RecordScanner:
         self.crc = self._file_crc
 
     def _where(self) -> str:
-        return f"{self._name}: record {self.num_records} at byte {self.end}"
+        return _where(self._name, self.num_records, self.end)
 
 
 def _payload_length(header: bytes, where: str, number: int, name: str) -> int:
@@ -145,23 +163,43 @@ def read_records(stream: BinaryIO, name: str) -> Iterator[Record]:
 
     Raises: TFRecordError at the first record that is cut off or fails a checksum.
     """
+    for record in scan_records(stream, name):
+        if isinstance(record, Damage):
+            raise record.error
+        yield record
+
+
+def scan_records(stream: BinaryIO, name: str) -> Iterator[Record | Damage]:
+    """Read records to the end of `stream`, going on behind one whose data is damaged: its length is proved by
+    a checksum of its own.
+    """
     number, offset = 0, 0
     while header := stream.read(_HEADER.size):
-        where = f"{name}: record {number} at byte {offset}"
-        if len(header) < _HEADER.size:
-            _refuse_strangers(number, header, name)
-            raise TFRecordError(f"{where}: the file ends inside the record's header; fetch it again")
-        length = _payload_length(header, where, number, name)
-        rest = stream.read(length + _FOOTER.size)
-        if len(rest) < length + _FOOTER.size:
-            raise TFRecordError(
-                f"{where}: {length:,} bytes announced, the file ends after {len(rest):,}; fetch it again"
-            )
-        payload = rest[:length]
-        if _masked_crc(payload) != _FOOTER.unpack(rest[length:])[0]:
-            raise TFRecordError(f"{where}: {_WRONG_DATA}")
-        yield Record(framed=header + rest, payload=payload)
+        try:
+            if len(header) < _HEADER.size:
+                _refuse_strangers(number, header, name)
+                where = _where(name, number, offset)
+                raise TFRecordError(f"{where}: the file ends inside the record's header; fetch it again")
+            length = _payload_length(header, _where(name, number, offset), number, name)
+            payload, footer = stream.read(length), stream.read(_FOOTER.size)
+            if len(footer) < _FOOTER.size:
+                raise TFRecordError(
+                    f"{_where(name, number, offset)}: {length:,} bytes announced, the file ends after "
+                    f"{len(payload) + len(footer):,}; fetch it again"
+                )
+        except TFRecordError as error:
+            yield Damage(number, offset, error, rest=True)
+            return
+        if _masked_crc(payload) == _FOOTER.unpack(footer)[0]:
+            yield Record(number, offset, header, payload, footer)
+        else:
+            wrong = TFRecordError(f"{_where(name, number, offset)}: {_WRONG_DATA}")
+            yield Damage(number, offset, wrong, rest=False)
         number, offset = number + 1, offset + FRAME_BYTES + length
+
+
+def _where(name: str, number: int, offset: int) -> str:
+    return f"{name}: record {number} at byte {offset}"
 
 
 def _refuse_strangers(number: int, start: bytes, name: str) -> None:

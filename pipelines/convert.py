@@ -1,5 +1,5 @@
-"""Stage 2 as one Beam graph of two passes: shard names in, counts out. Actions and frames stay in the
-workers' files.
+"""Stage 2 as one Beam graph of two passes: shard names in, the names of finished shards out. Actions, frames
+and counts stay in the workers' files.
 """
 
 from __future__ import annotations
@@ -10,35 +10,21 @@ from typing import Any
 
 import apache_beam as beam
 
-from convert.shards import (
-    ShardCounts,
-    ShardJob,
-    collect_actions,
-    convert_shard,
-    counts_from_json,
-    counts_to_json,
-    merge_actions,
-    read_stats,
-)
+from convert.shards import ShardJob, collect_actions, convert_shard, merge_actions
 from oxe_mix.engine import Engine
 from oxe_mix.errors import UserError
 from pipelines.runner import default_workers, run_and_collect
 
-_FAILED = "failed"
-
 
 class CollectActions(beam.DoFn):
-    """First pass over a shard; yields its dataset and the file with its actions."""
+    """First pass over a shard."""
 
     def __init__(self, scratch: str) -> None:
         self._scratch = scratch
 
-    def process(self, job: ShardJob) -> Iterator[tuple[str, tuple[ShardJob, str, str]]]:
-        """One (dataset, (job, file, error)) per shard."""
-        try:
-            yield job.card.name, (job, collect_actions(job, Path(self._scratch)), "")
-        except UserError as error:
-            yield job.card.name, (job, "", str(error))
+    def process(self, job: ShardJob) -> Iterator[tuple[str, tuple[ShardJob, str]]]:
+        """One (dataset, (job, error)) per shard."""
+        yield job.card.name, (job, _error(collect_actions, job, Path(self._scratch)))
 
 
 class MergeActions(beam.DoFn):
@@ -49,43 +35,41 @@ class MergeActions(beam.DoFn):
     def __init__(self, scratch: str) -> None:
         self._scratch = scratch
 
-    def process(
-        self, element: tuple[str, Iterable[tuple[ShardJob, str, str]]]
-    ) -> Iterator[tuple[ShardJob, str, str]]:
-        """One (job, file of statistics, error) per shard of the dataset."""
+    def process(self, element: tuple[str, Iterable[tuple[ShardJob, str]]]) -> Iterator[tuple[ShardJob, str]]:
+        """One (job, error) per shard of the dataset: its own error, or the dataset's."""
         shards = list(element[1])
-        errors = [error for _, _, error in shards if error]
-        file = ""
+        errors = [error for _, error in shards if error]
         if not errors:
-            try:
-                file = merge_actions(
-                    shards[0][0].card, [actions for _, actions, _ in shards], Path(self._scratch)
-                )
-            except UserError as error:
-                errors = [str(error)]
-        for job, _, own_error in shards:
-            yield job, file, own_error or (errors[0] if errors else "")
+            errors = [_error(merge_actions, [job for job, _ in shards], Path(self._scratch))]
+        for job, own_error in shards:
+            yield job, own_error or errors[0]
 
 
 class ConvertShard(beam.DoFn):
     """Second pass over a shard; what a conversation is lives in `convert.llava`."""
 
-    def process(self, element: tuple[ShardJob, str, str]) -> Iterator[dict[str, Any]]:
-        """One report per shard."""
-        job, stats_file, error = element
-        if error:
-            yield {_FAILED: error}
-            return
-        try:
-            yield {"counts": counts_to_json(convert_shard(job, read_stats(stats_file)))}
-        except UserError as own_error:
-            yield {_FAILED: str(own_error)}
+    def __init__(self, scratch: str) -> None:
+        self._scratch = scratch
+
+    def process(self, element: tuple[ShardJob, str]) -> Iterator[dict[str, Any]]:
+        """One {stem, error} per shard."""
+        job, error = element
+        yield {"stem": job.stem, "error": error or _error(convert_shard, job, Path(self._scratch))}
 
 
-def convert_all(jobs: list[ShardJob], scratch: Path, engine: Engine) -> tuple[list[ShardCounts], list[str]]:
-    """Convert all shards.
+def _error(work: Any, *args: Any) -> str:
+    """What was wrong in a piece of work; empty when nothing was. Other shards go on."""
+    try:
+        work(*args)
+    except UserError as error:
+        return str(error)
+    return ""
 
-    Returns: the counts in order of dataset, split and shard, and what was wrong with the shards that failed.
+
+def convert_all(jobs: list[ShardJob], scratch: Path, engine: Engine) -> list[str]:
+    """Convert all shards; each leaves its report in `scratch`.
+
+    Returns: what was wrong with the shards that failed, each thing once.
     """
 
     def build(pipeline: beam.Pipeline) -> beam.PCollection[dict[str, Any]]:
@@ -97,12 +81,14 @@ def convert_all(jobs: list[ShardJob], scratch: Path, engine: Engine) -> tuple[li
             | beam.GroupByKey()
             | beam.ParDo(MergeActions(str(scratch)))
             | "SpreadSecond" >> beam.Reshuffle()
-            | beam.ParDo(ConvertShard())
+            | beam.ParDo(ConvertShard(str(scratch)))
         )
 
+    results = run_and_collect(build, engine, str(scratch), workers_for(jobs, engine))
+    return sorted({result["error"] for result in results if result["error"]})
+
+
+def workers_for(jobs: list[ShardJob], engine: Engine) -> int:
+    """Worker processes of the local runner: those asked for, or as many as the data is worth."""
     num_bytes = sum(Path(job.file).stat().st_size for job in jobs)
-    workers = engine.workers or default_workers(len(jobs), num_bytes)
-    results = run_and_collect(build, engine, str(scratch), workers)
-    failures = sorted({result[_FAILED] for result in results if _FAILED in result})
-    counts = [counts_from_json(result["counts"]) for result in results if "counts" in result]
-    return sorted(counts, key=lambda c: (c.dataset, c.split, c.index)), failures
+    return engine.workers or default_workers(len(jobs), num_bytes)

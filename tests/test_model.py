@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -16,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.action_codec import ActionCodec
-from convert.llava import question
 from convert.manifest import read_manifest
+from convert.prompt import question
 from convert.reader import ConversationReader
 from convert.statistics import action_stats
 from oxe_mix.errors import UserError
 from tests.conftest import ROOT
+from tests.converting import edit_line
 from train_llava.config import ModelConfig, TinyModel, deepspeed_json, load_config
 from train_llava.data import MixSampler, SampleDataset, Tokens, collate
 from train_llava.decode import ActionDecoder
@@ -266,10 +266,12 @@ def llava_with_long_last_sample(llava: Path, tmp_path: Path) -> Path:
     out = tmp_path / "long"
     shutil.copytree(llava, out)
     file = out / read_manifest(out).datasets[-1].files[-1].path
-    *lines, last = file.read_text().splitlines()
-    sample = json.loads(last)
-    sample["conversations"][1]["value"] *= 10
-    file.write_text("\n".join([*lines, json.dumps(sample), ""]))
+    number = len(file.read_text().splitlines()) - 1
+
+    def lengthen(sample: dict[str, Any]) -> None:
+        sample["conversations"][1]["value"] *= 10
+
+    edit_line(file, number, lengthen)
     return out
 
 

@@ -41,6 +41,8 @@ def test_the_readme_shows_only_commands_that_are_run_here() -> None:
         ["oxe-mix", "download"],
         ["oxe-mix", "verify"],
         ["oxe-mix", "convert"],
+        ["oxe-mix", "check"],
+        ["oxe-mix", "convert"],
     ]
 
 
@@ -70,7 +72,8 @@ def _run_shown(command: str, folder: Path, *more: str) -> str:
 
 
 def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, bucket26: Path) -> None:
-    _, _, download, convert, train, act, list_all, show, check, dry_run, with_budget, verify, _ = _commands()
+    _, _, download, convert, train, act, list_all, show, check, dry_run, *others = _commands()
+    with_budget, verify, to_tars, check_tars, _ = others
     assert "66 datasets" in _run_shown(list_all, workplace)
     assert "filter_success" in _run_shown(show, workplace)
     assert "fmb" in _run_shown(check, workplace)
@@ -80,6 +83,8 @@ def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, 
     # The budget is larger than this bucket, so there is nothing left to do.
     assert "nothing to do" in _run_shown(with_budget, workplace, "--source", str(bucket26))
     assert "0 problems" in _run_shown(verify, workplace)
+    assert _run_shown(to_tars, workplace).count("(3.8%)") == 26  # of the weight, each
+    assert "0 problems" in _run_shown(check_tars, workplace)
     _run_shown(convert, workplace)
     _run_shown(train, workplace)
     record = json.loads(_run_shown(act, workplace))

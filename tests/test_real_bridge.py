@@ -62,7 +62,7 @@ def _payloads(file: Path) -> list[bytes]:
 
 
 def _samples(llava: Path) -> dict[str, dict[str, Any]]:
-    files = [*sorted((llava / "conversations").iterdir()), *sorted((llava / "val").iterdir())]
+    files = [file for part in ("conversations", "val") for file in sorted((llava / part).glob("*.jsonl"))]
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     return {line["id"]: line for line in lines}
 

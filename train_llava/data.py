@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from convert.reader import ConversationReader
-from train_llava.processor import IGNORE, OneViewProcessor, open_image
+from train_llava.processor import IGNORE, OneViewProcessor, open_frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class SampleDataset(Dataset[Tokens]):
     def _load(self, index: int) -> Tokens:
         sample = self.reader[index]
         prompt, answer = self._prompt(sample.question), self._processor.answer_ids(sample.answer)
-        views = np.stack([self._processor.view(open_image(image)) for image in sample.images])
+        views = np.stack([self._processor.view(open_frame(frame)) for frame in sample.frames])
         return Tokens([*prompt, *answer], [IGNORE] * len(prompt) + answer, views)
 
 

@@ -62,7 +62,8 @@ class ActionDecoder:
     def _possible(self, unnorm_keys: list[str]) -> Tensor:
         """Which bins may follow, [B, A x H, 256]."""
         steps = [
-            np.tile(self._codec.stats(key)[1].possible_bins, (self._codec.chunk, 1)) for key in unnorm_keys
+            np.tile(self._codec.stats(key)[1].possible_bins(self._codec.binning), (self._codec.chunk, 1))
+            for key in unnorm_keys
         ]
         return torch.from_numpy(np.stack(steps)).to(self._model.device)
 
@@ -108,7 +109,7 @@ def action_record(codec: ActionCodec, prediction: Prediction, unnorm_key: str | 
     key, stats = codec.stats(unnorm_key)
     return {
         "unnorm_key": key,
-        "actions": action_codec.decode(prediction.bins[0], stats).tolist(),
+        "actions": action_codec.decode(prediction.bins[0], stats, codec.binning).tolist(),
         "bins": prediction.bins[0].tolist(),
         "probabilities": [[round(float(p), 4) for p in row] for row in prediction.probabilities[0]],
     }

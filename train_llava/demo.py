@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from convert.llava import asked_instruction
+from convert.prompt import Asking
 from oxe_mix.errors import UserError
 from oxe_mix.files import folder_lock
 from oxe_mix.text import complain, say, size
@@ -51,7 +51,7 @@ class Demo:
         config.write_text(yaml.safe_dump({**yaml.safe_load(self.config.read_text()), "seed": self.seed}))
         _command("make", "train", f"CONFIG={config}", f"NPROC={self.ranks}", f"LLAVA={llava}", f"RUN={run}")
         asked = _held_out_sample(llava)
-        instruction = asked_instruction(asked["conversations"][0]["value"])
+        instruction = Asking().instruction(asked["conversations"][0]["value"])
         image, key = llava / "images" / asked["image"], asked["dataset"]
         words = ("--image", image, "--instruction", instruction, "--unnorm-key", key)
         said = _command("python", "inference_action.py", "--checkpoint", run, *words, keep=True)

@@ -14,7 +14,7 @@ from convert.action_codec import ActionCodec, Bins, text_to_bins
 from convert.reader import ConversationReader
 from train_llava.decode import ActionDecoder
 from train_llava.metrics import Scored, score
-from train_llava.processor import OneViewProcessor, open_image
+from train_llava.processor import OneViewProcessor, open_frame
 
 _BATCH = 64
 
@@ -62,7 +62,7 @@ def _answers(
     shown: list[int],
 ) -> Bins:
     questions = [reader[index].question for index in asked]
-    views = np.stack([processor.view(open_image(image)) for index in shown for image in reader[index].images])
+    views = np.stack([processor.view(open_frame(frame)) for index in shown for frame in reader[index].frames])
     # The first action of a chunk is what is scored.
     return decoder.predict(questions, views, [reader[index].dataset for index in asked]).bins[:, 0]
 

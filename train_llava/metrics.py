@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from convert.action_codec import (
     ActionCodec,
     ActionStats,
+    Binning,
     Bins,
     bins_to_normalized,
     normalize,
@@ -49,7 +50,7 @@ def score(codec: ActionCodec, scored: list[Scored]) -> dict[str, Any]:
     Baselines: mean_action answers the dataset's mean; repeat_last the recorded action of the step before in
     the same episode, and the mean at an episode's first step.
     """
-    parts = {own.dataset: _compare(own, codec.datasets[own.dataset]) for own in scored}
+    parts = {own.dataset: _compare(own, codec.datasets[own.dataset], codec.binning) for own in scored}
     return {
         "samples": sum(len(own.target) for own in scored),
         "l1": {name: _mean_of([part[name].l1.mean(axis=1) for part in parts.values()]) for name in POLICIES},
@@ -86,19 +87,19 @@ class _Compared:
     robot_units: Floats
 
 
-def _compare(own: Scored, stats: ActionStats) -> dict[str, _Compared]:
-    target = bins_to_normalized(own.target)
+def _compare(own: Scored, stats: ActionStats, binning: Binning) -> dict[str, _Compared]:
+    target = bins_to_normalized(own.target, binning)
     answers = {
-        "model": bins_to_normalized(own.predicted),
-        "shuffled_images": bins_to_normalized(own.shuffled),
+        "model": bins_to_normalized(own.predicted, binning),
+        "shuffled_images": bins_to_normalized(own.shuffled, binning),
         "mean_action": np.tile(_mean(stats), (len(target), 1)),
-        "repeat_last": _repeat_last(own, stats),
+        "repeat_last": _repeat_last(own, target, stats),
     }
     moving, recorded = stats.moving, unnormalize(target, stats)
     return {
         name: _Compared(
             l1=np.abs(answer - target)[:, moving],
-            bins=np.abs(normalized_to_bins(answer) - own.target)[:, moving],
+            bins=np.abs(normalized_to_bins(answer, binning) - own.target)[:, moving],
             robot_units=np.abs(unnormalize(answer, stats) - recorded),
         )
         for name, answer in answers.items()
@@ -114,8 +115,7 @@ def _mean(stats: ActionStats) -> Floats:
     return mean
 
 
-def _repeat_last(own: Scored, stats: ActionStats) -> Floats:
-    target = bins_to_normalized(own.target)
+def _repeat_last(own: Scored, target: Floats, stats: ActionStats) -> Floats:
     out = np.concatenate([target[:1], target[:-1]])
     first = [i == 0 or own.episode[i] != own.episode[i - 1] for i in range(len(target))]
     out[first] = _mean(stats)

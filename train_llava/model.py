@@ -23,7 +23,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from convert.action_codec import action_tokens
-from convert.llava import IMAGE
+from convert.prompt import IMAGE
 from oxe_mix.errors import UserError
 from train_llava.config import ModelConfig, TinyModel
 from train_llava.processor import IGNORE, OneViewProcessor

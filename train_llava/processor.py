@@ -4,6 +4,7 @@ share.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.processing_utils import ProcessorMixin
 
-from convert.llava import IMAGE
+from convert.frames import Frame
+from convert.prompt import IMAGE
 from oxe_mix.errors import UserError
 
 IGNORE = -100  # the label of a token that is not supervised, as PyTorch's cross entropy has it
@@ -95,10 +97,14 @@ class OneViewProcessor(LlavaOnevisionProcessor):
 
 def open_image(file: Path) -> Image.Image:
     """Decode an image file, RGB. Raises: UserError when it is missing or no image."""
+    return open_frame(Frame(file))
+
+
+def open_frame(frame: Frame) -> Image.Image:
+    """Decode a frame of a converted folder, RGB. Raises: UserError when it is missing or no image."""
+    encoded = frame.read()
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(encoded)) as image:
             return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such image") from error
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{file}: not an image that can be decoded ({error})") from error
+        raise UserError(f"{frame}: not an image that can be decoded ({error})") from error

@@ -1,0 +1,140 @@
+"""Frames: proved whole without decoding, and changed once where that is asked for."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from oxe_mix.images import FrameChange, FrameInfo, check_frame, decode, frame_info, reencode, shrunk
+from tests.converting import picture
+
+JPEG, PNG = picture(64, 48), picture(64, 48, "PNG")
+
+
+def _saved(mode: str, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.open(io.BytesIO(PNG)).convert(mode).save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("frame", "info"),
+    [
+        (JPEG, FrameInfo(".jpg", 64, 48, 3)),
+        (PNG, FrameInfo(".png", 64, 48, 3)),
+        (JPEG + b"\0\0\0", FrameInfo(".jpg", 64, 48, 3)),
+        (_saved("RGB", "JPEG", progressive=True), FrameInfo(".jpg", 64, 48, 3)),
+        (_saved("RGB", "JPEG", restart_marker_blocks=2), FrameInfo(".jpg", 64, 48, 3)),
+        (_saved("RGB", "JPEG", exif=b"Exif\0\0" + picture(16, 16)), FrameInfo(".jpg", 64, 48, 3)),
+        (_saved("L", "JPEG"), FrameInfo(".jpg", 64, 48, 1)),
+        (_saved("P", "PNG"), FrameInfo(".png", 64, 48, 3)),
+        (_saved("RGBA", "PNG"), FrameInfo(".png", 64, 48, 4)),
+        (JPEG[:2] + b"\xff\xff" + JPEG[2:], FrameInfo(".jpg", 64, 48, 3)),
+    ],
+)
+def test_the_header_says_kind_and_size(frame: bytes, info: FrameInfo) -> None:
+    assert frame_info(frame) == info
+
+
+@given(st.integers(0, len(JPEG) - 1))
+def test_a_jpeg_cut_anywhere_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=r"cut off|neither|broken"):
+        frame_info(JPEG[:length])
+
+
+@given(st.integers(0, len(PNG) - 1))
+def test_a_png_cut_anywhere_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=r"cut off|neither|broken"):
+        frame_info(PNG[:length])
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (b"", "neither JPEG nor PNG"),
+        (b"GIF89a", "neither JPEG nor PNG"),
+        (b"\xff\xd8\xff\xd9", "JPEG with a broken header"),
+        (b"\xff\xd8\xff\xe0\x00\x04ab\xff\xd9", "JPEG with a broken header"),
+        (JPEG[:30] + JPEG[-2:], "JPEG with a broken header"),
+        (PNG[:17] + b"\x7f" + PNG[18:], "PNG with a broken header"),
+        (PNG[:8] + PNG[-12:], "PNG with a broken header"),
+    ],
+)
+def test_what_is_no_whole_frame_is_refused(frame: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        frame_info(frame)
+
+
+def test_the_declared_size_must_be_the_frames() -> None:
+    assert check_frame(JPEG, (48, 64, 3)) == ".jpg"
+    assert check_frame(PNG, (None, None, 3)) == ".png"
+    assert check_frame(PNG, ()) == ".png"
+    with pytest.raises(ValueError, match=r"the frame is 64 pixels wide, features\.json says 60"):
+        check_frame(JPEG, (48, 60, 3))
+    with pytest.raises(ValueError, match="48 pixels high"):
+        check_frame(PNG, (50, None, 3))
+
+
+@pytest.mark.parametrize("frame", [JPEG, PNG])
+@pytest.mark.parametrize(
+    "change", [FrameChange(), FrameChange(max_side=64), FrameChange(max_side=1000), FrameChange(None, None)]
+)
+def test_a_frame_that_need_not_change_is_the_same_object(frame: bytes, change: FrameChange) -> None:
+    assert reencode(frame, change) is frame
+
+
+def test_a_jpeg_is_not_encoded_again_for_its_quality_alone() -> None:
+    assert reencode(JPEG, FrameChange(jpeg_quality=50)) is JPEG
+
+
+def test_png_becomes_jpeg_of_the_quality_asked_for() -> None:
+    small, large = (reencode(PNG, FrameChange(jpeg_quality=quality)) for quality in (30, 98))
+    assert frame_info(small) == frame_info(large) == FrameInfo(".jpg", 64, 48, 3)
+    assert len(small) < len(large) < len(PNG)
+    off = np.abs(decode(large).astype(int) - decode(PNG))
+    assert off.mean() < 2
+
+
+@pytest.mark.parametrize(("frame", "suffix"), [(JPEG, ".jpg"), (PNG, ".png")])
+def test_a_resize_is_lanczos_and_keeps_the_kind(frame: bytes, suffix: str) -> None:
+    smaller = reencode(frame, FrameChange(max_side=32))
+    assert frame_info(smaller) == FrameInfo(suffix, 32, 24, 3)
+    expected = Image.fromarray(decode(frame)).resize((32, 24), Image.Resampling.LANCZOS)
+    off = np.abs(decode(smaller).astype(int) - np.asarray(expected, int))
+    assert off.max() <= (0 if suffix == ".png" else 12)
+
+
+def test_a_flip_swaps_red_and_blue_and_nothing_else() -> None:
+    flipped = reencode(PNG, FrameChange(flip=True))
+    assert (decode(flipped) == decode(PNG)[:, :, ::-1]).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_other_colours_become_rgb(mode: str) -> None:
+    frame = _saved(mode, "PNG")
+    assert decode(frame).shape == (48, 64, 3)
+    assert frame_info(reencode(frame, FrameChange(jpeg_quality=90))).channels == 3
+
+
+def test_damaged_data_is_refused_and_not_guessed() -> None:
+    for frame in (JPEG, PNG):
+        middle = len(frame) // 2
+        broken = frame[:middle] + bytes(40) + frame[-20:]
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            decode(broken)
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 2000))
+def test_nothing_grows_and_the_aspect_is_kept(width: int, height: int, side: int) -> None:
+    w, h = shrunk(width, height, side)
+    assert 1 <= w <= width
+    assert 1 <= h <= height
+    assert max(w, h) <= max(side, 1)
+    if max(width, height) > side:
+        assert max(w, h) == side
+        assert abs(w / side - width / max(width, height)) <= 1 / side
