@@ -39,7 +39,7 @@ class Sizes:
     free_gb: float
 
 
-FULL = Sizes(24_000, 240_000, 24_000, 6_000, 100_000, 30_000, rounds=3, large_rounds=2, free_gb=25)
+FULL = Sizes(24_000, 240_000, 24_000, 6_000, 100_000, 30_000, rounds=3, large_rounds=2, free_gb=20)
 QUICK = Sizes(1_600, 8_000, 400, 200, 2_000, 3_000, rounds=1, large_rounds=1, free_gb=2)
 
 

@@ -106,8 +106,8 @@ def _probe(job: ShardJob) -> tuple[int, int, float, float] | None:
 
 def _changed(episode: Episode, camera: Camera, rules: Rules) -> tuple[float, float]:
     """Bytes of a frame as it will be written, and seconds to make it so."""
-    frames = episode.values(camera.key)
+    frames = episode.slices(camera.key)
     mean = sum(map(len, frames)) / len(frames)
     start = time.perf_counter()
-    changed = reencode(frames[0], rules.images)
+    changed = reencode(bytes(frames[0]), rules.images)
     return mean * len(changed) / max(1, len(frames[0])), time.perf_counter() - start

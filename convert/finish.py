@@ -155,7 +155,7 @@ def _dataset(dataset: DatasetOnDisk, run: Run, reports: list[ShardReport]) -> Co
         bad_records=tuple(record for r in reports for record in r.bad),
         files=tuple(r.train_file for r in reports if r.train_file),
         validation_files=tuple(r.val_file for r in reports if r.val_file),
-        frames=tuple(_frames(job, report, run) for job, report in _pairs(run, reports)),
+        frames=tuple(_frames(job, report) for job, report in _pairs(run, reports)),
     )
 
 
@@ -164,9 +164,9 @@ def _pairs(run: Run, reports: list[ShardReport]) -> list[tuple[ShardJob, ShardRe
     return [(jobs[report.dataset, report.split, report.index], report) for report in reports]
 
 
-def _frames(job: ShardJob, report: ShardReport, run: Run) -> ConvertedFrames:
+def _frames(job: ShardJob, report: ShardReport) -> ConvertedFrames:
     return ConvertedFrames(
-        path=str(job.frames.relative_to(run.options.out)),
+        path=str(job.frames.relative_to(job.out)),
         images=report.num_images,
         bytes=report.image_bytes,
         crc32c=report.image_crc32c,
@@ -198,7 +198,7 @@ def _tally(counter: Counter[str]) -> Tally:
 
 def _remove_leftovers(run: Run, reports: list[ShardReport]) -> None:
     """What an earlier conversion into the same folder wrote and this one did not."""
-    out = run.options.out
+    out = run.options.out.absolute()
     lines = {out / file.path for r in reports for file in (r.train_file, r.val_file) if file}
     frames = {job.frames for job in run.jobs}
     wanted = lines | {index_of(file) for file in lines} | frames

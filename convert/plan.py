@@ -226,7 +226,7 @@ def shard_jobs(
             file = dataset.folder / dataset.info.shard_file(split, index, len(lengths))
             if not file.exists():
                 raise UserError(f"{file}: not there, though {INFO_FILE} lists it; this copy is not complete")
-            shards.append((split, index, len(lengths), length, source_shard, str(file)))
+            shards.append((split, index, len(lengths), length, source_shard, str(file.absolute())))
     # Of each dataset at least one episode is held out: the first of its first shard, which growing keeps.
     several = sum(length for _, _, _, length, _, _ in shards) > 1
     return [
@@ -237,7 +237,7 @@ def shard_jobs(
             num_shards=num_shards,
             num_episodes=length,
             file=file,
-            out=str(out),
+            out=str(out.absolute()),
             source_shard=source_shard,
             seed=seed,
             held_out_below=val_fraction,

@@ -141,10 +141,10 @@ def _questions(trajectory: Trajectory, recipe: SampleRecipe, chosen: list[int]) 
 
 def _frames(episode: Episode, camera: Camera, rules: Rules, steps: list[int]) -> list[tuple[str, bytes]]:
     """The frames of some source steps with their suffixes, proved whole and changed as asked for."""
-    values = episode.values(camera.key)
+    values = episode.slices(camera.key)
     frames = []
     for step in steps:
-        frame = values[step]
+        frame = bytes(values[step])
         try:
             suffix = check_frame(frame, camera.feature.shape)
             changed = reencode(frame, rules.images)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from convert.estimate import estimate, tell
 from convert.finish import Run, finish_conversion
-from convert.llava import CONVERSATIONS
 from convert.manifest import MANIFEST_FILE
 from convert.options import ConvertOptions
 from convert.plan import find_datasets, missing_inputs, open_folders, shard_jobs
@@ -48,7 +47,7 @@ def run_convert(options: ConvertOptions, engine: Engine) -> int:
         (out / MANIFEST_FILE).unlink(missing_ok=True)
         sweep(out)
         scratch.mkdir(exist_ok=True)
-        with progress(Goal("convert", "shard reading", 2 * len(run.jobs)), _passes_done(run, time.time())):
+        with progress(Goal("convert", "shard reading", 2 * len(run.jobs)), _passes_done(run)):
             failures = convert_all(run.jobs, scratch, engine)
         reports = _reports(run)
         failures = failures or _too_many_bad(run, reports)
@@ -91,16 +90,12 @@ def _resolve(options: ConvertOptions) -> Run:
     return Run(options, mix, seed, datasets, jobs)
 
 
-def _passes_done(run: Run, start: float) -> Callable[[], Sample]:
-    """Counts the shards that have been read once and those that have been read twice since `start`."""
-    out = run.options.out
-    once = [out / _PARTIAL / f"{job.stem}.collected.json" for job in run.jobs]
-    twice = [out / CONVERSATIONS / f"{job.stem}.jsonl" for job in run.jobs]
-
-    def done() -> Sample:
-        return Sample(sum(file.exists() and file.stat().st_mtime >= start for file in (*once, *twice)))
-
-    return done
+def _passes_done(run: Run) -> Callable[[], Sample]:
+    """Counts the shards that have been read once and those that have been read twice."""
+    scratch = run.options.out / _PARTIAL
+    once = [scratch / f"{job.stem}.collected.json" for job in run.jobs]
+    twice = [report_file(scratch, job) for job in run.jobs]
+    return lambda: Sample(sum(file.exists() for file in (*once, *twice)))
 
 
 def _reports(run: Run) -> list[ShardReport]:

@@ -1,8 +1,8 @@
 """Encoded frames: proved whole without decoding them, and decoded and encoded once where their bytes must
 change. Both stages use this.
 
-Codec: simplejpeg for JPEG (of what was measured the fastest to decode, and it refuses damaged data where
-others guess), Pillow for PNG and for Lanczos; the figures are in benchmarks/results/.
+Codecs, of what was measured the fastest that refuse damaged data: simplejpeg for JPEG, spng to decode PNG,
+Pillow for Lanczos and the rest; the figures are in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ _PNG_HEADER = struct.Struct(">I4sIIBBBBBI")
 # Start of frame, whatever the compression; 0xC4, 0xC8 and 0xCC mean other things.
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SCAN_MARKER = 0xDA
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+# By the colour type of a PNG: its channels (a palette stands for colours), and the bits that one may have.
+_PNG_KINDS = {
+    0: (1, (1, 2, 4, 8, 16)),
+    2: (3, (8, 16)),
+    3: (3, (1, 2, 4, 8)),
+    4: (2, (8, 16)),
+    6: (4, (8, 16)),
+}
 # A resized or flipped JPEG is encoded once more: at this quality with full chroma nobody sees it.
 _AGAIN_QUALITY = 95
 
@@ -110,7 +117,11 @@ def reencode(frame: bytes, change: FrameChange) -> bytes:
 
 
 def decode(frame: bytes) -> NDArray[np.uint8]:
-    """RGB pixels, uint8 [H, W, 3]. Raises: ValueError for a frame that cannot be decoded."""
+    """RGB pixels, uint8 [H, W, 3]; grey is spread, alpha left out, and an EXIF orientation not obeyed, as in
+    TFDS.
+
+    Raises: ValueError for a frame that cannot be decoded, and for a grey one of 16 bits, which is depth.
+    """
     if frame.startswith(_JPEG_START):
         import simplejpeg
 
@@ -119,13 +130,28 @@ def decode(frame: bytes) -> NDArray[np.uint8]:
         except ValueError as error:
             raise ValueError(f"the frame cannot be decoded ({error})") from error
         return pixels
-    from PIL import Image, UnidentifiedImageError
+    if _is_plain_png(frame):
+        import pyspng
+
+        try:
+            return np.asarray(pyspng.load(frame))
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the frame cannot be decoded ({error})") from error
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(frame)) as image:
+            # Pillow would cut such values off at 255, which leaves a white frame.
+            if image.mode.startswith("I"):
+                raise ValueError("it is grey with 16 bits a pixel, no colours of 8")
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, zlib.error) as error:
+    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
         raise ValueError(f"the frame cannot be decoded ({error})") from error
+
+
+def _is_plain_png(frame: bytes) -> bool:
+    """Eight bits of red, green and blue, as robots' cameras have them; others are Pillow's."""
+    return frame.startswith(_PNG_START) and frame[24:26] == b"\x08\x02"
 
 
 def _jpeg(pixels: NDArray[np.uint8], quality: int) -> bytes:
@@ -149,22 +175,31 @@ def _jpeg_info(frame: bytes) -> FrameInfo:
     end = len(frame) if frame.endswith(_JPEG_END) else len(frame.rstrip(b"\0"))
     if not frame.endswith(_JPEG_END, 0, end):
         raise ValueError(f"the frame of {len(frame):,} bytes is cut off: its end marker is missing")
-    at, info = 2, None
-    while at + 4 <= end and frame[at] == 0xFF:
+    at, stop, info = 2, end - len(_JPEG_END), None
+    while at + 4 <= stop and frame[at] == 0xFF:
         marker = frame[at + 1]
         if marker == 0xFF:  # fill
             at += 1
             continue
         length = int.from_bytes(frame[at + 2 : at + 4])
-        if marker in _FRAME_MARKERS and length >= 8:
-            height, width, channels = struct.unpack_from(">HHB", frame, at + 5)
-            info = FrameInfo(".jpg", width, height, channels)
-        if marker == _SCAN_MARKER or length < 2:
+        if length < 2 or at + 2 + length > stop:
             break
+        if marker == _SCAN_MARKER:
+            if info is not None:
+                return info
+            break
+        if marker in _FRAME_MARKERS:
+            info = _jpeg_size(frame[at + 4 : at + 2 + length])
         at += 2 + length
-    if info is None or not info.width or not info.height or frame[at + 1] != _SCAN_MARKER:
-        raise ValueError(f"the frame of {len(frame):,} bytes is a JPEG with a broken header")
-    return info
+    raise ValueError(f"the frame of {len(frame):,} bytes is a JPEG with a broken header")
+
+
+def _jpeg_size(segment: bytes) -> FrameInfo | None:
+    """What a start of frame says: bits, height, width, and three bytes for each channel."""
+    if len(segment) < 6 or len(segment) != 6 + 3 * segment[5]:
+        return None
+    height, width, channels = struct.unpack_from(">HHB", segment, 1)
+    return FrameInfo(".jpg", width, height, channels) if height and width else None
 
 
 def _png_info(frame: bytes) -> FrameInfo:
@@ -172,8 +207,12 @@ def _png_info(frame: bytes) -> FrameInfo:
         raise ValueError(f"the frame of {len(frame):,} bytes is cut off: its end marker is missing")
     header = frame[len(_PNG_START) : len(_PNG_START) + _PNG_HEADER.size]
     if len(header) == _PNG_HEADER.size:
-        length, name, width, height, _, colour, _, _, _, crc = _PNG_HEADER.unpack(header)
+        length, name, width, height, bits, colour, compression, filtering, interlace, crc = (
+            _PNG_HEADER.unpack(header)
+        )
         whole = (length, name) == (13, b"IHDR") and zlib.crc32(header[4:21]) == crc
-        if whole and width and height and colour in _PNG_CHANNELS:
-            return FrameInfo(".png", width, height, _PNG_CHANNELS[colour])
+        channels, depths = _PNG_KINDS.get(colour, (0, ()))
+        known = bits in depths and (compression, filtering) == (0, 0) and interlace <= 1
+        if whole and known and width and height:
+            return FrameInfo(".png", width, height, channels)
     raise ValueError(f"the frame of {len(frame):,} bytes is a PNG with a broken header")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oxe_mix.errors import UserError
+from oxe_mix.example import byte_values, find_features, parse_feature
 
 INFO_FILE = "dataset_info.json"
 FEATURES_FILE = "features.json"
@@ -187,18 +188,13 @@ class Episode:
     """The values of one record, by key; frames stay encoded. Arrays are stacked over the steps, [T, …]."""
 
     def __init__(self, payload: bytes, tree: FeatureTree) -> None:
-        """Parse a record's payload (a tf.train.Example).
+        """Find the columns of a record's payload (a tf.train.Example).
 
         Raises: ValueError when it is no Example or its columns disagree on the number of steps.
         """
-        from google.protobuf.message import DecodeError
-        from tensorflow_datasets.core.example_parser import tf_example_pb2
-
         self._tree = tree
-        try:
-            self._features = tf_example_pb2.Example.FromString(payload).features.feature
-        except DecodeError as error:
-            raise ValueError(f"not a tf.train.Example ({error})") from error
+        self._columns = find_features(payload)
+        self._slices: dict[Key, list[memoryview]] = {}
         self.num_steps = self._count_steps()
 
     def array(self, key: Key) -> NDArray[Any]:
@@ -214,32 +210,44 @@ class Episode:
             packed = [np.frombuffer(zlib.decompress(value), feature.dtype) for value in self.values(key)]
             flat = np.concatenate(packed)
         elif feature.dtype in ("float32", "float64", "float16", "bfloat16"):
-            flat = np.array(self._column(key).float_list.value, np.float32)
+            flat = np.array(parse_feature(self._column(key)).float_list.value, np.float32)
         else:
-            flat = np.array(self._column(key).int64_list.value, np.int64)
+            flat = np.array(parse_feature(self._column(key)).int64_list.value, np.int64)
         return flat.reshape(self.num_steps, *(-1 if size is None else size for size in feature.shape))
 
     def values(self, key: Key) -> list[bytes]:
-        """Byte strings of a step feature, one a step: encoded frames, texts, packed tensors.
+        """Byte strings of a step feature, one a step: texts, packed tensors, encoded frames.
 
         Raises: ValueError when there is not one for each step.
         """
-        values = list(self._column(key).bytes_list.value)
+        return [bytes(value) for value in self.slices(key)]
+
+    def slices(self, key: Key) -> list[memoryview]:
+        """The same without copying them: where they lie in the record.
+
+        Raises: ValueError when there is not one for each step.
+        """
+        if key not in self._slices:
+            self._slices[key] = byte_values(self._column(key))
+        values = self._slices[key]
         if len(values) != self.num_steps:
             raise ValueError(f"{'/'.join(key)}: {len(values)} values for {self.num_steps} steps")
         return values
 
-    def _column(self, key: Key) -> Any:
+    def _column(self, key: Key) -> memoryview:
         name = "/".join(("steps", *key))
-        if name not in self._features:
+        if name not in self._columns:
             raise ValueError(f"the record has no {name}")
-        return self._features[name]
+        return self._columns[name]
 
     def _count_steps(self) -> int:
         """Steps of the episode, taken from a feature that has exactly one value a step."""
         for key, feature in self._tree.step.items():
-            if feature.dtype != "unknown" and (feature.kind in ("image", "text") or feature.shape == ()):
-                column = self._column(key)
+            if feature.dtype != "unknown" and feature.shape == () and feature.dtype != "string":
+                column = parse_feature(self._column(key))
                 kind = column.WhichOneof("kind")
                 return len(getattr(column, kind).value) if kind else 0
+            if feature.dtype != "unknown" and feature.kind in ("image", "text"):
+                self._slices[key] = byte_values(self._column(key))
+                return len(self._slices[key])
         raise ValueError("no feature with one value a step, so the number of steps is unknown")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +26,17 @@ def _saved(mode: str, kind: str, **options: object) -> bytes:
     return out.getvalue()
 
 
+def _png_header(*fields: int) -> bytes:
+    """PNG with another IHDR: width, height, bits, colour type, compression, filter, interlace."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", *fields)
+    return PNG[:12] + header + struct.pack(">I", zlib.crc32(header)) + PNG[33:]
+
+
+# A start of frame of 64x48 with three channels, and a JPEG with a thumbnail that has its own end marker.
+SOF = b"\xff\xc0\x00\x11\x08\x00\x30\x00\x40\x03" + bytes(9)
+WITH_THUMBNAIL = _saved("RGB", "JPEG", exif=b"Exif\0\0" + picture(16, 16))
+
+
 @pytest.mark.parametrize(
     ("frame", "info"),
     [
@@ -30,8 +45,9 @@ def _saved(mode: str, kind: str, **options: object) -> bytes:
         (JPEG + b"\0\0\0", FrameInfo(".jpg", 64, 48, 3)),
         (_saved("RGB", "JPEG", progressive=True), FrameInfo(".jpg", 64, 48, 3)),
         (_saved("RGB", "JPEG", restart_marker_blocks=2), FrameInfo(".jpg", 64, 48, 3)),
-        (_saved("RGB", "JPEG", exif=b"Exif\0\0" + picture(16, 16)), FrameInfo(".jpg", 64, 48, 3)),
+        (WITH_THUMBNAIL, FrameInfo(".jpg", 64, 48, 3)),
         (_saved("L", "JPEG"), FrameInfo(".jpg", 64, 48, 1)),
+        (_saved("CMYK", "JPEG"), FrameInfo(".jpg", 64, 48, 4)),
         (_saved("P", "PNG"), FrameInfo(".png", 64, 48, 3)),
         (_saved("RGBA", "PNG"), FrameInfo(".png", 64, 48, 4)),
         (JPEG[:2] + b"\xff\xff" + JPEG[2:], FrameInfo(".jpg", 64, 48, 3)),
@@ -63,11 +79,48 @@ def test_a_png_cut_anywhere_is_refused(length: int) -> None:
         (JPEG[:30] + JPEG[-2:], "JPEG with a broken header"),
         (PNG[:17] + b"\x7f" + PNG[18:], "PNG with a broken header"),
         (PNG[:8] + PNG[-12:], "PNG with a broken header"),
+        (_png_header(64, 48, 3, 2, 0, 0, 0), "PNG with a broken header"),
+        (_png_header(64, 48, 8, 5, 0, 0, 0), "PNG with a broken header"),
+        (_png_header(64, 48, 8, 2, 1, 0, 0), "PNG with a broken header"),
+        (_png_header(64, 48, 8, 2, 0, 0, 2), "PNG with a broken header"),
+        (_png_header(64, 0, 8, 2, 0, 0, 0), "PNG with a broken header"),
+        (b"\xff\xd8" + SOF[:4] + b"\xff\xd9", "JPEG with a broken header"),
+        (b"\xff\xd8" + SOF[:-1] + b"\xff\xd9", "JPEG with a broken header"),
+        (b"\xff\xd8" + SOF + b"\xff\xc4\xff\xff\xff\xd9", "JPEG with a broken header"),
+        (b"\xff\xd8" + SOF + b"\xff\xda\xff\xff\xff\xd9", "JPEG with a broken header"),
+        (b"\xff\xd8\xff\xc0\x00\x04\x08\x00\xff\xda\x00\x02\xff\xd9", "JPEG with a broken header"),
+        (JPEG.replace(b"\x00\x30\x00\x40\x03", b"\x00\x30\x00\x40\x02"), "JPEG with a broken header"),
+        (b"\xff\xd8" + SOF + b"\xff\xd9", "JPEG with a broken header"),
+        (b"\xff\xd8\xff\xda\x00\x02" + SOF + b"\xff\xd9", "JPEG with a broken header"),
+        (JPEG.replace(b"\x00\x30\x00\x40", b"\x00\x00\x00\x40"), "JPEG with a broken header"),
+        (JPEG + b"more", "cut off"),
+        (PNG + b"\0", "cut off"),
+        (JPEG[:-300] + bytes(300), "cut off"),
+        (WITH_THUMBNAIL[: WITH_THUMBNAIL.index(b"\xff\xd9") + 2], "JPEG with a broken header"),
     ],
 )
 def test_what_is_no_whole_frame_is_refused(frame: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         frame_info(frame)
+
+
+@given(st.data())
+def test_bytes_that_changed_are_a_frame_or_a_value_error(data: st.DataObject) -> None:
+    """Headers are walked by lengths that stand in them: none of these may lead outside."""
+    frame = bytearray(data.draw(st.sampled_from([JPEG, PNG, WITH_THUMBNAIL])))
+    for _ in range(data.draw(st.integers(1, 3))):
+        # The headers take the first 700 bytes; the ends are left, so that more than these is looked at.
+        frame[data.draw(st.integers(2, 700))] = data.draw(st.integers(0, 255))
+    for look in (frame_info, decode):
+        with suppress(ValueError):
+            look(bytes(frame))
+
+
+@given(st.binary(max_size=40))
+def test_bytes_between_the_marks_of_a_jpeg_are_a_frame_or_a_value_error(middle: bytes) -> None:
+    for begin in (b"\xff\xd8", b"\xff\xd8\xff\xc0", b"\xff\xd8" + SOF):
+        with pytest.raises(ValueError, match="broken header"):
+            frame_info(begin + middle.replace(b"\xda", b"") + b"\xff\xd9")
 
 
 def test_the_declared_size_must_be_the_frames() -> None:
@@ -109,6 +162,28 @@ def test_a_resize_is_lanczos_and_keeps_the_kind(frame: bytes, suffix: str) -> No
     assert off.max() <= (0 if suffix == ".png" else 12)
 
 
+def test_a_resized_jpeg_has_full_chroma_and_the_quality_asked_for_or_95() -> None:
+    def tables(quality: int | None) -> Any:
+        smaller: Any = Image.open(io.BytesIO(reencode(JPEG, FrameChange(quality, max_side=32))))
+        assert [layer[1:3] for layer in smaller.layer] == [(1, 1)] * 3  # 4:4:4
+        return smaller.quantization
+
+    def expected(quality: int) -> Any:
+        plain: Any = Image.open(io.BytesIO(_saved("RGB", "JPEG", quality=quality)))
+        return plain.quantization
+
+    assert tables(None) == tables(95) == expected(95)
+    assert tables(60) == expected(60) != expected(95)
+
+
+def test_a_flipped_jpeg_is_a_jpeg_with_red_and_blue_swapped() -> None:
+    flipped = reencode(JPEG, FrameChange(flip=True))
+    assert frame_info(flipped) == FrameInfo(".jpg", 64, 48, 3)
+    pixels = decode(JPEG).astype(int)
+    assert np.abs(decode(flipped) - pixels[:, :, ::-1]).mean() < 3
+    assert np.abs(decode(flipped) - pixels).mean() > 30
+
+
 def test_a_flip_swaps_red_and_blue_and_nothing_else() -> None:
     flipped = reencode(PNG, FrameChange(flip=True))
     assert (decode(flipped) == decode(PNG)[:, :, ::-1]).all()
@@ -119,6 +194,33 @@ def test_other_colours_become_rgb(mode: str) -> None:
     frame = _saved(mode, "PNG")
     assert decode(frame).shape == (48, 64, 3)
     assert frame_info(reencode(frame, FrameChange(jpeg_quality=90))).channels == 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "near"), [("CMYK", "JPEG", 3), ("RGBA", "PNG", 0), ("RGB", "JPEG", 3)]
+)
+def test_colours_stay_what_they_are(mode: str, kind: str, near: float) -> None:
+    assert np.abs(decode(_saved(mode, kind, quality=98)).astype(int) - decode(PNG)).mean() <= near
+
+
+def test_grey_is_spread_over_the_colours() -> None:
+    grey = np.asarray(Image.open(io.BytesIO(_saved("L", "PNG"))))
+    for kind in ("PNG", "JPEG"):
+        pixels = decode(_saved("L", kind, quality=98)).astype(int)
+        assert np.abs(pixels - grey[:, :, None]).mean() < 1
+
+
+def test_depth_of_16_bits_is_refused_and_not_made_white() -> None:
+    out = io.BytesIO()
+    Image.fromarray(np.full((48, 64), 40_000, np.uint16)).save(out, "PNG")
+    assert frame_info(out.getvalue()) == FrameInfo(".png", 64, 48, 1)
+    with pytest.raises(ValueError, match="16 bits a pixel"):
+        reencode(out.getvalue(), FrameChange(jpeg_quality=95))
+
+
+def test_a_header_that_asks_for_gigabytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode(_png_header(60_000, 60_000, 8, 2, 0, 0, 0))
 
 
 def test_damaged_data_is_refused_and_not_guessed() -> None:

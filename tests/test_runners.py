@@ -1,4 +1,4 @@
-"""Stage 1 on Beam's portable protocol: job service, workers and target are all somewhere else."""
+"""Stages 1 and 2 on Beam's portable protocol: job service, workers and target are all somewhere else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from oxe_mix.files import BUSY_FILE
 from tests.conftest import OXE_MIX, run
+from tests.converting import content_of
 from tests.loopback import BUCKET, upload
 from tests.servers import beam_job_service, strict_bucket
 from tests.test_download import _content, _download, _mix
@@ -96,3 +97,12 @@ def test_a_runner_that_cannot_be_is_one_line(
     done = run(OXE_MIX, "download", "--mix", _mix(tmp_path), *place, *more, code=2)
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_cluster_converts_to_the_bytes_of_one_machine(data: Path, llava: Path, tmp_path: Path) -> None:
+    """Its workers reach data and target under the same path; where the command was typed they do not know."""
+    (tmp_path / "data").symlink_to(data)
+    with beam_job_service(dict(os.environ)) as flags:
+        cluster = ("--runner", "PortableRunner", "--", *flags)
+        run(OXE_MIX, "convert", "--val-fraction", "0.1", *cluster, cwd=tmp_path)
+    assert content_of(tmp_path / "llava") == content_of(llava)
