@@ -183,7 +183,7 @@ def text_to_bins(text: str, width: int) -> Bins:
     Raises: ValueError for anything but whole steps of known action tokens.
     """
     found = [int(number) for number in _TOKEN.findall(text)]
-    bins = np.array(found, np.int64)
+    bins = np.array([min(number, NUM_BINS) for number in found], np.int64)
     if bins_to_text(bins) != text.strip() or (bins >= NUM_BINS).any():
         raise ValueError(
             f"{text[:80]!r} is not made of the tokens <ACTION_0> to <ACTION_{NUM_BINS - 1}> alone"

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import threading
 import time
 from collections import Counter
@@ -67,7 +68,8 @@ def run_check(folder: Path, jobs: int | None, *, decode: bool, as_json: bool) ->
         f"{count(samples, 'sample')}, {count(images, 'image')}, {count(len(findings), 'problem')}, "
         f"{time.monotonic() - start:.1f} s"
     )
-    mend = f"remove {folder} and run oxe-mix convert again" if findings else f"make train LLAVA={folder}"
+    quoted = shlex.quote(str(folder))
+    mend = f"remove {quoted} and run oxe-mix convert again" if findings else f"make train LLAVA={quoted}"
     say(f"next: {mend}")
     return int(bool(findings))
 

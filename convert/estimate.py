@@ -5,6 +5,7 @@ One record of each dataset is read; all others are taken to be like it.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from oxe_mix.rlds import Episode
 from oxe_mix.text import count, size
 from oxe_mix.tfrecord import Damage, scan_records
 
-# Measured on two cores with frames of 20 kB: what a frame costs a worker beside its bytes, and what the start
-# of the command takes.
-_FRAME_S = {"files": 130e-6, "tar": 60e-6}
-_BYTES_PER_S = 400e6
+# Measured on two cores: what a frame costs a worker beside its bytes, into files on a disk or into tars; how
+# fast bytes go through it; what the command takes to start, and how much work makes up for starting one more
+# process.
+_FRAME_S = {"files": 100e-6, "tar": 50e-6}
+_BYTES_PER_S = 600e6
 _START_S = 4.0
+_WORTH_A_WORKER_S = 4.0
 _LINE_BYTES = 600
 
 
@@ -34,20 +37,27 @@ class Estimate:
 
     num_samples: int
     peak_bytes: int
-    seconds: float
+    worker_seconds: float  # of one worker, without start-up
+
+    def workers(self, num_shards: int) -> int:
+        """As many processes as there are cores and shards, but only as many as earn the seconds that each
+        takes to start.
+        """
+        cores = len(os.sched_getaffinity(0))
+        return max(1, min(cores, num_shards, int(self.worker_seconds // _WORTH_A_WORKER_S)))
 
 
-def estimate(datasets: list[DatasetOnDisk], jobs: list[ShardJob], workers: int) -> Estimate:
+def estimate(datasets: list[DatasetOnDisk], jobs: list[ShardJob]) -> Estimate:
     """Guess from the first record of each dataset."""
     parts = [_of_dataset(d, [job for job in jobs if job.card.name == d.card.name]) for d in datasets]
     return Estimate(
         num_samples=round(sum(samples for samples, _, _ in parts)),
         peak_bytes=round(sum(num_bytes for _, num_bytes, _ in parts)),
-        seconds=_START_S + sum(seconds for _, _, seconds in parts) / workers,
+        worker_seconds=sum(seconds for _, _, seconds in parts),
     )
 
 
-def tell(guess: Estimate, out: Path) -> str:
+def tell(guess: Estimate, out: Path, workers: int) -> str:
     """The estimate in words.
 
     Raises: UserError when the disk of `out` cannot hold it.
@@ -59,8 +69,8 @@ def tell(guess: Estimate, out: Path) -> str:
             f"{out}: about {size(guess.peak_bytes)} will be written and only {size(free)} are free; "
             "take another disk, or less: --stride, --steps-per-episode, --resize, --only"
         )
-    minutes = guess.seconds / 60
-    duration = f"{minutes:,.0f} min" if minutes >= 2 else f"{guess.seconds:,.0f} s"
+    seconds = _START_S + guess.worker_seconds / workers
+    duration = f"{seconds / 60:,.0f} min" if seconds >= 120 else f"{seconds:,.0f} s"
     return (
         f"about {count(guess.num_samples, 'sample')}, {size(guess.peak_bytes)} on disk ({size(free)} free), "
         f"{duration}"

@@ -236,6 +236,7 @@ class _Output:
         """Write an episode: its frames, and a line per step."""
         job, report = self.job, self.report
         single, mark = len(job.cameras) == 1, "." if job.rules.layout == "tar" else "-"
+        num_bytes, crc32c = 0, report.image_crc32c
         for n, step in enumerate(samples.steps):
             place = Place(job.card.name, job.split, job.index, number, step)
             images, offsets = [], []
@@ -245,10 +246,12 @@ class _Output:
                 offset = self.frames.add(name, frame)
                 images.append(name)
                 offsets += [offset, len(frame)] if job.rules.layout == "tar" else []
-                report.num_images += 1
-                report.image_bytes += len(frame)
-                report.image_crc32c = google_crc32c.extend(report.image_crc32c, frame)
+                crc32c = google_crc32c.extend(crc32c, frame)
+                num_bytes += len(frame)
             lines.add(conversation(place, images, samples.questions[n], samples.bins[n]), offsets)
+        report.num_images += len(samples.steps) * len(job.cameras)
+        report.image_bytes += num_bytes
+        report.image_crc32c = crc32c
 
 
 def _episodes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -35,20 +36,22 @@ def run_convert(options: ConvertOptions, engine: Engine) -> int:
         did not come of the data.
     Raises: UserError for what the user can mend.
     """
-    from pipelines.convert import convert_all, workers_for
+    from pipelines.convert import convert_all
 
     start = time.monotonic()
     run = _resolve(options)
     out, scratch = options.out, options.out / _PARTIAL
     _refuse_other_folder(out)
-    say(tell(estimate(run.datasets, run.jobs, workers_for(run.jobs, engine)), out))
+    guess = estimate(run.datasets, run.jobs)
+    workers = engine.workers or guess.workers(len(run.jobs))
+    say(tell(guess, out, workers))
     with folder_lock(out, "conversion"):
         # Until the new manifest is there, nobody may take what lies here for a result.
         (out / MANIFEST_FILE).unlink(missing_ok=True)
         sweep(out)
         scratch.mkdir(exist_ok=True)
         with progress(Goal("convert", "shard reading", 2 * len(run.jobs)), _passes_done(run)):
-            failures = convert_all(run.jobs, scratch, engine)
+            failures = convert_all(run.jobs, scratch, engine, workers)
         reports = _reports(run)
         failures = failures or _too_many_bad(run, reports)
         if failures:
@@ -59,7 +62,8 @@ def run_convert(options: ConvertOptions, engine: Engine) -> int:
         manifest = finish_conversion(run, reports, scratch)
         shutil.rmtree(scratch)
     say(summary(manifest, time.monotonic() - start))
-    say(f"result: {out}\nnext: oxe-mix check {out}, then make train LLAVA={out}")
+    quoted = shlex.quote(str(out))
+    say(f"result: {out}\nnext: oxe-mix check {quoted}, then make train LLAVA={quoted}")
     if manifest.missing:
         complain("\n".join(manifest.missing))
         return 1

@@ -10,10 +10,13 @@ Source: tensorflow/core/example/example.proto and feature.proto; protobuf.dev/pr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-_BYTES = 2  # the wire type of strings, byte strings and messages
-_FIELD_1, _FIELD_2 = 1 << 3 | _BYTES, 2 << 3 | _BYTES
+import numpy as np
+from numpy.typing import NDArray
+
+_BYTES = 2  # the wire type of strings, byte strings, messages and packed numbers
+_FIELD_1, _FIELD_2, _FIELD_3 = (number << 3 | _BYTES for number in (1, 2, 3))
+_FIELD_1_VARINT, _FIELD_1_FIXED32 = 1 << 3 | 0, 1 << 3 | 5
 
 
 def find_features(payload: bytes) -> dict[str, memoryview]:
@@ -40,15 +43,51 @@ def byte_values(feature: memoryview) -> list[memoryview]:
     return [value for values in _fields(feature, _FIELD_1) for value in _fields(values, _FIELD_1)]
 
 
-def parse_feature(feature: memoryview) -> Any:
-    """A Feature message of numbers, by protobuf's own parser. Raises: ValueError when it is none."""
-    from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_feature_generated_pb2
+def float_values(feature: memoryview) -> NDArray[np.float32]:
+    """The floats of a Feature, [N]; none when it holds other things. Raises: ValueError for no Feature."""
+    parts = [_packed(values, 4) for values in _fields(feature, _FIELD_2)]
+    return np.frombuffer(b"".join(parts), "<f4").astype(np.float32)
 
-    try:
-        return tf_feature_generated_pb2.Feature.FromString(bytes(feature))
-    except DecodeError as error:
-        raise ValueError(f"not a tf.train.Example ({error})") from error
+
+def integer_values(feature: memoryview) -> NDArray[np.int64]:
+    """The whole numbers of a Feature, [N]; none when it holds other things. Raises: ValueError for no
+    Feature.
+    """
+    packed = b"".join(_packed(values, None) for values in _fields(feature, _FIELD_3))
+    return _varints(np.frombuffer(packed, np.uint8))
+
+
+def num_values(feature: memoryview) -> int:
+    """How many values a Feature holds, of whatever kind. Raises: ValueError for no Feature."""
+    return len(byte_values(feature)) + len(float_values(feature)) + len(integer_values(feature))
+
+
+def _packed(values: memoryview, width: int | None) -> bytes:
+    """The numbers of a list one after the other, however they were written: packed into one field, or each in
+    a field of its own. `width` bytes each; None: varints.
+    """
+    alone = _FIELD_1_FIXED32 if width else _FIELD_1_VARINT
+    packed = b"".join([*_fields(values, _FIELD_1), *_fields(values, alone)])
+    if width and len(packed) % width:
+        raise ValueError("not a tf.train.Example (a list of floats ends inside one)")
+    return packed
+
+
+def _varints(raw: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Numbers of seven bits a byte, the last byte of each below 128."""
+    ends = np.flatnonzero(raw < 0x80)
+    if len(raw) and (not len(ends) or ends[-1] != len(raw) - 1):
+        raise ValueError("not a tf.train.Example (a number without an end)")
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64) if len(ends) else ends
+    lengths = ends - starts + 1
+    if len(lengths) and lengths.max() > 10:
+        raise ValueError("not a tf.train.Example (a number without an end)")
+    numbers = np.zeros(len(ends), np.uint64)
+    for byte in range(int(lengths.max()) if len(lengths) else 0):
+        longer = lengths > byte
+        digits = raw[starts[longer] + byte].astype(np.uint64) & np.uint64(0x7F)
+        numbers[longer] |= digits << np.uint64(7 * byte)
+    return numbers.view(np.int64)
 
 
 def _fields(message: memoryview, wanted: int) -> Iterator[memoryview]:

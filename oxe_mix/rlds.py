@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oxe_mix.errors import UserError
-from oxe_mix.example import byte_values, find_features, parse_feature
+from oxe_mix.example import byte_values, find_features, float_values, integer_values, num_values
 
 INFO_FILE = "dataset_info.json"
 FEATURES_FILE = "features.json"
@@ -25,6 +25,8 @@ SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _DEFAULT_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 Key = tuple[str, ...]
+# What JSON of another shape than expected comes to.
+_MISSHAPEN = (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +80,14 @@ def parse_dataset_info(text: str, where: str) -> DatasetInfo:
     try:
         raw = json.loads(text)
         name, version = raw["name"], raw["version"]
-        splits = {
-            entry["name"]: Split(
-                entry["name"],
-                tuple(int(n) for n in entry.get("shardLengths", ())),
-                int(entry.get("numBytes", 0)),
-            )
-            for entry in raw["splits"]
-        }
+        splits = {entry["name"]: _split(entry) for entry in raw["splits"]}
         templates = {entry.get("filepathTemplate", _DEFAULT_TEMPLATE) for entry in raw["splits"]}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except _MISSHAPEN as error:
         raise UserError(
             f"{where}: not a dataset_info.json of TFDS ({type(error).__name__}: {error})"
         ) from error
     for word in (name, version, *splits):
-        if not SAFE_NAME.fullmatch(word):
+        if not isinstance(word, str) or not SAFE_NAME.fullmatch(word):
             raise UserError(
                 f"{where}: {word!r} is no name for a file; only letters, digits, '-', '_' and '.'"
             )
@@ -101,6 +96,16 @@ def parse_dataset_info(text: str, where: str) -> DatasetInfo:
     if templates - {_DEFAULT_TEMPLATE}:
         raise UserError(f"{where}: files are named {templates}; only {_DEFAULT_TEMPLATE} is supported")
     return DatasetInfo(name, version, splits, raw)
+
+
+def _split(entry: dict[str, Any]) -> Split:
+    lengths = entry.get("shardLengths", [])
+    if not isinstance(lengths, list):
+        raise TypeError(f"shardLengths is {lengths!r}, no list")
+    split = Split(entry["name"], tuple(map(int, lengths)), int(entry.get("numBytes", 0)))
+    if min((split.num_bytes, *split.shard_lengths)) < 0:
+        raise ValueError(f"split {split.name!r} has a negative length")
+    return split
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +146,7 @@ def parse_features(text: str, where: str) -> FeatureTree:
         top = _children(json.loads(text))
         steps = top.pop("steps")
         tree = FeatureTree(_leaves(top), _leaves(_children(steps["sequence"]["feature"])))
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except _MISSHAPEN as error:
         raise UserError(
             f"{where}: not the features.json of an RLDS dataset ({type(error).__name__}: {error})"
         ) from error
@@ -167,16 +172,22 @@ def _leaves(children: dict[str, Any], above: Key = ()) -> dict[Key, Feature]:
 def _leaf(node: dict[str, Any]) -> Feature:
     if "image" in node:
         image = node["image"]
-        return Feature(
-            "image", _shape(image), image.get("dtype", "uint8"), image.get("encodingFormat", "png")
-        )
+        dtype, encoding = image.get("dtype", "uint8"), image.get("encodingFormat", "png")
+        return Feature("image", _shape(image), _word(dtype), _word(encoding))
     if "text" in node:
         return Feature("text", (), "string", "none")
     if "tensor" in node:
         tensor = node["tensor"]
-        return Feature("tensor", _shape(tensor), tensor["dtype"], tensor.get("encoding", "none"))
+        encoding = tensor.get("encoding", "none")
+        return Feature("tensor", _shape(tensor), _word(tensor["dtype"]), _word(encoding))
     # Anything else (a nested sequence, a video) is kept by name: it matters only if a card asks for it.
     return Feature(node.get("pythonClassName", "unknown").rsplit(".", 1)[-1], (), "unknown", "none")
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no word")
+    return value
 
 
 def _shape(node: dict[str, Any]) -> tuple[int | None, ...]:
@@ -210,9 +221,9 @@ class Episode:
             packed = [np.frombuffer(zlib.decompress(value), feature.dtype) for value in self.values(key)]
             flat = np.concatenate(packed)
         elif feature.dtype in ("float32", "float64", "float16", "bfloat16"):
-            flat = np.array(parse_feature(self._column(key)).float_list.value, np.float32)
+            flat = float_values(self._column(key))
         else:
-            flat = np.array(parse_feature(self._column(key)).int64_list.value, np.int64)
+            flat = integer_values(self._column(key))
         return flat.reshape(self.num_steps, *(-1 if size is None else size for size in feature.shape))
 
     def values(self, key: Key) -> list[bytes]:
@@ -244,9 +255,7 @@ class Episode:
         """Steps of the episode, taken from a feature that has exactly one value a step."""
         for key, feature in self._tree.step.items():
             if feature.dtype != "unknown" and feature.shape == () and feature.dtype != "string":
-                column = parse_feature(self._column(key))
-                kind = column.WhichOneof("kind")
-                return len(getattr(column, kind).value) if kind else 0
+                return num_values(self._column(key))
             if feature.dtype != "unknown" and feature.kind in ("image", "text"):
                 self._slices[key] = byte_values(self._column(key))
                 return len(self._slices[key])

@@ -13,7 +13,7 @@ import apache_beam as beam
 from convert.shards import ShardJob, collect_actions, convert_shard, merge_actions
 from oxe_mix.engine import Engine
 from oxe_mix.errors import UserError
-from pipelines.runner import default_workers, run_and_collect
+from pipelines.runner import run_and_collect
 
 
 class CollectActions(beam.DoFn):
@@ -66,8 +66,8 @@ def _error(work: Any, *args: Any) -> str:
     return ""
 
 
-def convert_all(jobs: list[ShardJob], scratch: Path, engine: Engine) -> list[str]:
-    """Convert all shards; each leaves its report in `scratch`.
+def convert_all(jobs: list[ShardJob], scratch: Path, engine: Engine, workers: int) -> list[str]:
+    """Convert all shards, locally in `workers` processes; each leaves its report in `scratch`.
 
     Returns: what was wrong with the shards that failed, each thing once.
     """
@@ -84,11 +84,5 @@ def convert_all(jobs: list[ShardJob], scratch: Path, engine: Engine) -> list[str
             | beam.ParDo(ConvertShard(str(scratch)))
         )
 
-    results = run_and_collect(build, engine, str(scratch), workers_for(jobs, engine))
+    results = run_and_collect(build, engine, str(scratch), workers)
     return sorted({result["error"] for result in results if result["error"]})
-
-
-def workers_for(jobs: list[ShardJob], engine: Engine) -> int:
-    """Worker processes of the local runner: those asked for, or as many as the data is worth."""
-    num_bytes = sum(Path(job.file).stat().st_size for job in jobs)
-    return engine.workers or default_workers(len(jobs), num_bytes)

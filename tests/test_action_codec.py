@@ -134,6 +134,7 @@ def test_answers_round_trip(bins: NDArray[np.int64]) -> None:
     [
         "",
         "<ACTION_256>" * 7,
+        "<ACTION_99999999999999999999>" * 7,
         "<ACTION_1>" * 6,
         "<ACTION_01>" * 7,
         "<ACTION_1> and" + "<ACTION_1>" * 6,

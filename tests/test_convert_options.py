@@ -196,7 +196,7 @@ def test_what_will_be_written_is_told_before_and_a_full_disk_is_refused(data: Pa
     assert "on disk" in first
     assert 0.7 * written < guessed < 1.4 * written
     with pytest.raises(UserError, match=r"about 9000\.0 TB will be written and only"):
-        tell(Estimate(10, 9 * 10**15, 1.0), tmp_path / "not/yet/there")
+        tell(Estimate(10, 9 * 10**15, 1.0), tmp_path / "not/yet/there", 1)
 
 
 def test_the_manifest_counts_instructions_clips_and_what_hardly_moves(bucket: Path, tmp_path: Path) -> None:

@@ -218,9 +218,18 @@ def test_depth_of_16_bits_is_refused_and_not_made_white() -> None:
         reencode(out.getvalue(), FrameChange(jpeg_quality=95))
 
 
-def test_a_header_that_asks_for_gigabytes_is_refused() -> None:
+@pytest.mark.parametrize("colour", [0, 2, 6])
+def test_a_header_that_asks_for_gigabytes_is_refused(colour: int) -> None:
     with pytest.raises(ValueError, match="cannot be decoded"):
-        decode(_png_header(60_000, 60_000, 8, 2, 0, 0, 0))
+        decode(_png_header(60_000, 60_000, 8, colour, 0, 0, 0))
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": (9, 9, 9)}, {"compress_level": 0}])
+def test_a_png_is_decoded_to_the_very_pixels(options: dict[str, Any]) -> None:
+    frame = _saved("RGB", "PNG", **options)
+    pixels = decode(frame)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(frame)).convert("RGB")))
 
 
 def test_damaged_data_is_refused_and_not_guessed() -> None:
