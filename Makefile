@@ -24,6 +24,8 @@ train: setup
 bench: setup
 	@$(BIN)/python -m benchmarks.three_seeds $(SEEDS)
 	@$(BIN)/python -m benchmarks.transfer
+	@$(BIN)/python -m benchmarks.convert
+	@$(BIN)/python -m benchmarks.codecs
 
 lint: setup
 	@$(BIN)/ruff format --check .

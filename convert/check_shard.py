@@ -209,7 +209,7 @@ def _check_answer(shard: ShardFiles, answer: str) -> None:
     try:
         bins = text_to_bins(answer, codec.action_dim)
         again = encode(decode(bins, stats, codec.binning), stats, codec.binning)
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise _ProblemError("answer", str(error)) from error
     if len(bins) != codec.chunk:
         raise _ProblemError("answer", f"{len(bins)} actions, a chunk has {codec.chunk}")
