@@ -19,7 +19,7 @@ test: setup
 	@$(BIN)/python -m pytest
 
 train: setup
-	@$(BIN)/python -m train_llava.launch --config $(CONFIG) --nproc $(NPROC) --llava $(LLAVA) $(if $(RUN),--run $(RUN))
+	@$(BIN)/python -m train_llava.launch --config "$(CONFIG)" --nproc $(NPROC) --llava "$(LLAVA)" $(if $(RUN),--run "$(RUN)")
 
 bench: setup
 	@$(BIN)/python -m benchmarks.three_seeds $(SEEDS)

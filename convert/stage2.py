@@ -40,7 +40,8 @@ def run_convert(options: ConvertOptions, engine: Engine) -> int:
 
     start = time.monotonic()
     run = _resolve(options)
-    out, scratch = options.out, options.out / _PARTIAL
+    # Absolute: the workers of a cluster do not know where the command was typed.
+    out, scratch = options.out, options.out.absolute() / _PARTIAL
     _refuse_other_folder(out)
     guess = estimate(run.datasets, run.jobs)
     workers = engine.workers or guess.workers(len(run.jobs))

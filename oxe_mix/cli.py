@@ -5,7 +5,7 @@ here.
 from __future__ import annotations
 
 import logging
-import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +15,7 @@ import typer
 
 from oxe_mix import __version__
 from oxe_mix.errors import UserError
+from oxe_mix.interrupt import end_at_once
 
 app = typer.Typer(
     add_completion=False,
@@ -262,8 +263,9 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 def main() -> None:
     """Run the command; a mistake of the user's is one line and exit 2, a bug of ours keeps its traceback."""
     _set_up_logging()
-    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGINT, end_at_once)
     try:
+        _refuse_empty(sys.argv[1:])
         app()
     except UserError as error:
         from oxe_mix.text import complain
@@ -272,18 +274,20 @@ def main() -> None:
         sys.exit(2)
 
 
-def _interrupted(*_: object) -> None:
-    """End at once, as a kill would: files are whole or absent, and the next run goes on. To unwind would mean
-    to wait for every transfer that is under way.
-    """
-    from oxe_mix.text import complain
-
-    complain("interrupted; the same command goes on from here")
-    os._exit(130)
+def _refuse_empty(words: list[str]) -> None:
+    """An empty word is a shell variable that was not set: `--out ""` would be the working folder."""
+    for before, word in zip(["the command", *words], words, strict=False):
+        if word == "--":
+            return
+        if not word or re.fullmatch(r"--[a-z-]+=", word):
+            name = word.rstrip("=") or before
+            raise UserError(f"{name}: followed by nothing; is a shell variable not set?")
 
 
 def _set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # gcsfs logs what it raises, with a traceback; we say it in a line.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Beam warns at import that its optional Google Cloud extras are not installed; no stage uses them.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
 

@@ -7,15 +7,19 @@ gets a note of what was proved about it, which the next run trusts until the loc
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import shutil
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from oxe_mix.errors import UserError
 from oxe_mix.files import read_json, write_json
-from oxe_mix.shards import PARTIAL, ShardReport, ShardTask
+from oxe_mix.shards import PARTIAL, ShardReport, ShardTask, finished_before
 from oxe_mix.source_file import (
     CHUNK,
     Patience,
@@ -25,9 +29,9 @@ from oxe_mix.source_file import (
     crc32c_check,
     pause,
     scheme,
+    source_file_from_json,
 )
 from oxe_mix.target import open_target
-from oxe_mix.text import count
 from oxe_mix.tfrecord import RecordScanner, TFRecordError, frame, read_records
 from oxe_mix.transport import open_range
 from oxe_mix.writing import writing
@@ -36,6 +40,7 @@ RETRIES_LOG = f"{PARTIAL}/retries.log"
 # A shard that is taken in part is asked for in ranges: what its episodes should weigh and a little more.
 _MARGIN = 1.05
 _DAMAGE_RETRIES = 2
+_LONGEST_WAIT_S = 5.0  # for another process that writes the same shard
 
 
 def fetch_shard(task: ShardTask, patience: Patience) -> ShardReport:
@@ -45,12 +50,11 @@ def fetch_shard(task: ShardTask, patience: Patience) -> ShardReport:
         address; TargetError when the target cannot be written.
     """
     target = open_target(task.out)
-    if task.noted is not None and _still_whole(task, task.noted):
-        target.write(task.note, task.note_of(task.noted))
-        return task.noted
-    folder, _, stem = task.name.rpartition("/")
-    with target.workspace(folder) as workspace, writing(task.out):
-        work = _Work(task, patience, workspace / f"{stem}.part")
+    folder, _, stem = task.part.rpartition("/")
+    with target.workspace(folder) as workspace, writing(task.out), _alone(task, workspace / stem):
+        if (finished := finished_before(task, target)) is not None:
+            return finished
+        work = _Work(task, patience, workspace / stem)
         scanner = work.fetch()
         file = work.file
         if task.mods:
@@ -75,26 +79,42 @@ def fetch_shard(task: ShardTask, patience: Patience) -> ShardReport:
     return report
 
 
-def _still_whole(task: ShardTask, noted: ShardReport) -> bool:
-    """Read a finished shard again, after the machine has started anew."""
-    scanner = RecordScanner(task.name)
-    with open_target(task.out).open(task.name) as stream, suppress(TFRecordError):
-        while chunk := stream.read(CHUNK):
-            scanner.feed(chunk)
-    return (scanner.end, f"{scanner.crc:08x}") == (noted.num_bytes, noted.crc32c)
+@contextmanager
+def _alone(task: ShardTask, part: Path) -> Iterator[None]:
+    """Keep a shard for one process: the workers of a killed command may outlive it for a moment."""
+    until = time.monotonic() + _LONGEST_WAIT_S
+    with part.with_suffix(".lock").open("w") as stream:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise UserError(
+                        f"{task.out}/{task.name}: another process still writes this shard; "
+                        "run again when that one has ended"
+                    ) from error
+                time.sleep(0.1)
+        yield
 
 
 class _Work:
-    """The attempts at one shard. `seen` is what the source says of the file that the part comes from."""
+    """The attempts at one shard."""
 
     def __init__(self, task: ShardTask, patience: Patience, file: Path) -> None:
         self._task = task
         self._patience = patience
         self._origin = file.with_suffix(".origin")
+        self._known = self._expected()  # by address: what it says of the file that the part comes from
         self.file = file
-        self.seen = task.expected
         self.fetched_bytes = 0
         self.retries = 0
+
+    @property
+    def seen(self) -> SourceFile:
+        """What the first address says of the file, and what others say that holds there, too."""
+        files = [file if url == self._task.urls[0] else file.anywhere for url, file in self._known.items()]
+        return functools.reduce(SourceFile.merged, files)
 
     def fetch(self) -> RecordScanner:
         """The whole of what was asked for, from the first copy that has it."""
@@ -137,7 +157,12 @@ class _Work:
     def _given_up(self, url: str, error: Exception) -> UserError:
         if isinstance(error, UserError):
             return error
-        return SourceError(f"{url}: not fetched: {error} ({count(self._patience.retries, 'more try')})")
+        tries = self._patience.retries
+        words = "1 more try" if tries == 1 else f"{tries:,} more tries"
+        return SourceError(f"{url}: not fetched: {error} ({words})")
+
+    def _expected(self) -> dict[str, SourceFile]:
+        return {self._task.urls[0]: self._task.expected}
 
     def _resume(self, url: str) -> RecordScanner:
         """What earlier attempts and runs left of the shard, up to its last whole record."""
@@ -147,8 +172,10 @@ class _Work:
                 shutil.copyfileobj(old, new, CHUNK)
         if not self.file.exists():
             return scanner
-        if self._origin.exists():
-            self.seen = SourceFile(**read_json(self._origin, "what a source said of a file"))
+        # One that is not ours, or of another version of this program, counts as absent.
+        with suppress(UserError, TypeError, AttributeError):
+            said = read_json(self._origin, "what a source said of a file")
+            self._known |= {at: source_file_from_json(file) for at, file in said.items()}
         with self.file.open("rb") as stream, suppress(TFRecordError):
             while not scanner.full and (chunk := stream.read(CHUNK)):
                 scanner.feed(chunk)
@@ -190,21 +217,20 @@ class _Work:
 
     def _prove_same(self, url: str, file: SourceFile) -> None:
         """All attempts and runs must see one and the same file."""
-        if not file.differs(self.seen):
-            self.seen = SourceFile(
-                file.size if self.seen.size is None else self.seen.size, self.seen.check or file.check
-            )
-            if not self._origin.exists():
-                write_json(self._origin, asdict(self.seen))
+        was = _contradicted(self._known, url, file)
+        if was is None:
+            before, now = self._known.get(url), self._known.get(url, SourceFile()).merged(file)
+            if now != before or not self._origin.exists():
+                self._known[url] = now
+                write_json(self._origin, {at: asdict(known) for at, known in self._known.items()})
             return
-        was, now = self.seen, file
         self.clean_up()
-        self.seen = self._task.expected
-        if now.differs(self._task.expected):
+        self._known = self._expected()
+        if _contradicted(self._known, url, file) is not None:
             raise SourceError(
-                f"{url}: changed at the source: was {was}, is {now}; run again, into another --out"
+                f"{url}: changed at the source: was {was}, is {file}; run again, into another --out"
             )
-        raise TransientError(f"changed at the source since the last run: was {was}, is {now}; starting anew")
+        raise TransientError(f"changed at the source since the last run: was {was}, is {file}; starting anew")
 
     def _prove(self, url: str, scanner: RecordScanner, *, whole: bool) -> None:
         """All records asked for are there, and of a shard taken whole nothing else is."""
@@ -213,22 +239,29 @@ class _Work:
             raise TFRecordError(f"{url}: holds {scanner.num_records} records, {says}")
         if not whole:
             return
-        seen = self.seen
-        if seen.size is not None and seen.size != scanner.end:
+        size = self.seen.size
+        if size is not None and size != scanner.end:
             raise TFRecordError(
-                f"{url}: {seen.size:,} bytes long, its {scanner.num_records} records come to "
+                f"{url}: {size:,} bytes long, its {scanner.num_records} records come to "
                 f"{scanner.end:,}; {says}"
             )
         crc = crc32c_check(scanner.crc)
-        if seen.differs(SourceFile(check=crc)):
-            self.clean_up()
-            raise TFRecordError(
-                f"{url}: its bytes come to {crc}, the bucket says {seen.check}; fetch it again"
-            )
+        for said in self._known.values():
+            if said.differs(SourceFile(check=crc)):
+                self.clean_up()
+                raise TFRecordError(
+                    f"{url}: its bytes come to {crc}, the bucket says {said.check}; fetch it again"
+                )
 
     def _log_retry(self, url: str, error: Exception) -> None:
         self.retries += 1
         open_target(self._task.out).append(RETRIES_LOG, f"{url}: {error}\n")
+
+
+def _contradicted(known: dict[str, SourceFile], url: str, file: SourceFile) -> SourceFile | None:
+    """What is known that a file at `url` does not agree with."""
+    comparable = (said if at == url else said.anywhere for at, said in known.items())
+    return next((said for said in comparable if file.differs(said)), None)
 
 
 def _apply_mods(task: ShardTask, raw: Path, modded: Path) -> RecordScanner:

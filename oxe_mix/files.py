@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ValidationError
 from oxe_mix.errors import UserError
 
 BUSY_FILE = ".oxe-mix.busy"  # in a folder that one of our commands writes; held while it does
+# What `atomic_write` calls a file of the process PID until it is whole; others' hidden files are not ours.
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -41,7 +44,9 @@ def sweep(*folders: Path) -> None:
     """Remove what a killed `atomic_write` left in these folders; only for who holds their lock."""
     for folder in folders:
         for temporary in folder.glob(".*.tmp"):
-            temporary.unlink()
+            ours = _TEMPORARY.fullmatch(temporary.name) and temporary.is_file()
+            if ours and not temporary.is_symlink():
+                temporary.unlink()
 
 
 def json_bytes(value: Any) -> bytes:
@@ -80,6 +85,8 @@ def _read(path: Path, what: str) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; expected {what}") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected {what}") from error
 
 
 def _parse_json(text: bytes, where: str, what: str) -> Any:

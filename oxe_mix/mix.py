@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from oxe_mix.cards import Cards, Recipe
 from oxe_mix.errors import UserError, did_you_mean
@@ -18,22 +28,46 @@ MIXTURES = Path(__file__).parent.parent / "mixtures"
 OPEN_X_BUCKET = "gs://gresearch/robotics"
 
 
-Gigabytes = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+def _no_flag(value: Any) -> Any:
+    """Pydantic takes true for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number")
+    return value
+
+
+def _no_number(value: Any) -> Any:
+    if isinstance(value, (int, float)):
+        raise ValueError(f'{value} is no text in YAML; quote it: "{value}"')
+    return value
+
+
+def _an_address(value: str) -> str:
+    try:
+        urlsplit(value)
+    except ValueError as error:
+        raise ValueError(f"{value}: is no address ({error})") from error
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_no_flag)]
+Gigabytes = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+Word = Annotated[str, BeforeValidator(_no_number)]
+Address = Annotated[str, AfterValidator(_an_address)]
 # One address, or several copies of the same data, tried in this order.
-Sources = str | Annotated[tuple[str, ...], Field(min_length=1)]
+Sources = Address | Annotated[tuple[Address, ...], Field(min_length=1)]
 
 
 class DatasetSpec(BaseModel):
     """One split of one dataset: an exact RLDS build, the share of it to keep and its weight in training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    version: str  # exact, "0.1.0": with "latest", one mix would give two different downloads
-    split: str = "train"
-    fraction: float  # share of the split's episodes (not shards, bytes or steps), at least one episode
+    name: Word
+    version: Word  # exact, "0.1.0": with "latest", one mix would give two different downloads
+    split: Word = "train"
+    fraction: Number  # share of the split's episodes (not shards, bytes or steps), at least one episode
     # P(dataset) in training is proportional to weight x its written samples; 1 everywhere is one pass over
     # all of them.
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[Number, Field(gt=0, allow_inf_nan=False)] = 1.0
     source: Sources | None = None  # where this dataset lies, when not in the mix's source
     max_gb: Gigabytes | None = None  # scales the fraction down to at most this, in 10^9 bytes
     mods: tuple[Mod, ...] = ()  # what is changed in its records, in this order
@@ -63,8 +97,8 @@ class Mix(BaseModel):
     """What `oxe-mix download` fetches and `oxe-mix convert` weighs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    seed: int = 0
+    name: Word
+    seed: Annotated[int, BeforeValidator(_no_flag)] = 0
     source: Sources = OPEN_X_BUCKET
     max_gb: Gigabytes | None = None  # scales all fractions down, so that the whole is at most this
     datasets: tuple[DatasetSpec, ...]
@@ -88,7 +122,15 @@ class Mix(BaseModel):
         return self
 
     def with_source(self, source: Sources) -> Mix:
-        """The same mix read from other places, whatever each dataset says."""
+        """The same mix read from other places, whatever each dataset says.
+
+        Raises: UserError for what is no address.
+        """
+        for one in (source,) if isinstance(source, str) else source:
+            try:
+                _an_address(one)
+            except ValueError as error:
+                raise UserError(f"--source {error}") from error
         datasets = tuple(spec.model_copy(update={"source": None}) for spec in self.datasets)
         return self.model_copy(update={"source": source, "datasets": datasets})
 
@@ -147,7 +189,9 @@ def _problems(error: ValidationError, raw: Any) -> list[str]:
     for problem in error.errors():
         # Of several branches of a union that refuse one place, the first says enough.
         by_place.setdefault(_place(problem["loc"], raw) or "mix", _in_our_words(problem, known))
-    return [f"{place}: {text}" for place, text in by_place.items()]
+    # A place inside it says more than the branch that would have it be something else as a whole.
+    inner = [place for place in by_place if not any(other.startswith(f"{place}.") for other in by_place)]
+    return [f"{place}: {by_place[place]}" for place in inner]
 
 
 def _place(loc: tuple[str | int, ...], raw: Any) -> str:
@@ -169,5 +213,9 @@ def _in_our_words(problem: Any, known: dict[str, Any]) -> str:
             return f"unknown key{did_you_mean(str(problem['loc'][-1]), list(known))}"
         case "missing":
             return "missing"
+        case "tuple_type":
+            return "expected a list, one `- ` line each"
+        case "model_type":
+            return "expected names with values, as in {name: kuka, version: 0.1.0, fraction: 0.1}"
         case _:
             return str(problem["msg"]).removeprefix("Value error, ")

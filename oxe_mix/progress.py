@@ -71,7 +71,8 @@ class Pace:
         self._seen.append((now, sample))
         (t0, first), seconds = self._seen[0], now - self._start
         by_bytes = self._goal.num_bytes > 0
-        gained = sample.num_bytes - first.num_bytes if by_bytes else sample.done - first.done
+        # A part that is cut back to its last whole record, or begun anew, would make it less than nothing.
+        gained = max(0, sample.num_bytes - first.num_bytes if by_bytes else sample.done - first.done)
         left = self._goal.num_bytes - sample.num_bytes if by_bytes else self._goal.total - sample.done
         rate = gained / (now - t0) if now > t0 else 0.0
         return {

@@ -15,11 +15,14 @@ from oxe_mix.target import Target
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A shard of a plan: its task, the report of the run that finished it, and where it is then."""
+    """A shard of a plan: its task, the report of the run that finished it, and where it is then. A file
+    without a report is to be read again.
+    """
 
     task: ShardTask
     report: ShardReport | None = None
     file: str | None = None
+    needed_bytes: int = 0  # that are not there yet, about
 
 
 def schedule(plans: list[SplitPlan], target: Target, lock: Lock | None) -> list[Scheduled]:
@@ -40,7 +43,9 @@ def schedule(plans: list[SplitPlan], target: Target, lock: Lock | None) -> list[
             # Waiting, or already named as a shard of 3, of 5, …
             here = {**_waiting(task, waiting), **placed.get(task.final, {})}
             old = locked.get((task.dataset, task.split, index))
-            out.append(_look_up(task, old, here, target))
+            found = _look_up(task, old, here, target)
+            missing = max(0, task.estimated_bytes - waiting.get(task.part, 0))
+            out.append(found if found.file else replace(found, needed_bytes=missing))
     return out
 
 
@@ -82,10 +87,11 @@ def _task(plan: SplitPlan, index: int, pick: Pick, target: Target) -> ShardTask:
     )
 
 
-def _locked_shards(lock: Lock | None) -> dict[tuple[str, str, int], LockedShard]:
+def _locked_shards(lock: Lock | None) -> dict[tuple[str, str, int], tuple[str, LockedShard]]:
+    """Every shard of a lock, with the folder that it came from."""
     datasets = lock.datasets if lock else ()
     return {
-        (dataset.name, split.split, index): shard
+        (dataset.name, split.split, index): (dataset.source, shard)
         for dataset in datasets
         for split in dataset.splits
         for index, shard in enumerate(split.shards)
@@ -102,19 +108,24 @@ def _of_size(files: dict[str, int], num_bytes: int) -> str | None:
     )
 
 
-def _look_up(task: ShardTask, old: LockedShard | None, here: dict[str, int], target: Target) -> Scheduled:
+def _look_up(
+    task: ShardTask, locked: tuple[str, LockedShard] | None, here: dict[str, int], target: Target
+) -> Scheduled:
     if task.note in here:
         noted = read_note(task, target.read(task.note) or b"")
         file = _of_size(here, noted[0].num_bytes) if noted else None
         if noted is not None and file is not None:
             report, trusted = noted
             # A file that has its final name was flushed before it got it.
-            if trusted or file != task.name:
+            if trusted or target.durable or file != task.name:
                 return Scheduled(task, report, file)
-            return Scheduled(replace(task, noted=report))
-    if old is None:
+            return Scheduled(task, file=file)
+    if locked is None:
         return Scheduled(task)
+    folder, old = locked
     source = SourceFile(old.source_bytes, old.source_check)
+    if folder != task.urls[0].rsplit("/", 1)[0]:
+        source = source.anywhere
     before = (old.source_file, old.of_episodes)
     if before != (task.urls[0].rsplit("/", 1)[-1], task.of_episodes) or source.differs(task.expected):
         raise UserError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from oxe_mix.record_mods import RecordMods
-from oxe_mix.source_file import SourceFile
+from oxe_mix.source_file import CHUNK, SourceFile, source_file_from_json
+from oxe_mix.target import Target
+from oxe_mix.tfrecord import RecordScanner, TFRecordError
 
 # Below a target: where shards wait, with a note each, until all of them are there.
 PARTIAL = ".partial"
@@ -34,12 +37,16 @@ class ShardTask:
     final: str  # below it: its file name in the dataset's folder, up to the number of shards
     mods: RecordMods = field(default_factory=RecordMods)
     prefix: str | None = None  # below the target: a file with the shard's first records, of an earlier mix
-    noted: ShardReport | None = None  # of a run before the machine last started; the disk may have lost it
 
     @property
     def note(self) -> str:
         """Where the proof of a fetched shard is kept until the lock has it."""
         return f"{self.name}.json"
+
+    @property
+    def part(self) -> str:
+        """What there is of it while it is fetched."""
+        return f"{self.name}.part"
 
     @property
     def identity(self) -> dict[str, object]:
@@ -86,13 +93,40 @@ def read_note(task: ShardTask, text: bytes) -> tuple[ShardReport, bool] | None:
     try:
         note = json.loads(text)
         report, boot = report_from_json(note.pop("report")), note.pop("boot")
-    except (ValueError, TypeError, KeyError):
-        return None  # of another version of this program
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None  # of another version of this program, or of nobody
     if note != json.loads(json.dumps(task.identity)) or report.source.differs(task.expected):
         return None
     return replace(report, fetched_bytes=0, retries=0), boot == boot_id()
 
 
+def finished_before(task: ShardTask, target: Target) -> ShardReport | None:
+    """The report of a shard that is there: of a run before the machine last started, or of this very task,
+    which Beam may run again.
+    """
+    noted = read_note(task, target.read(task.note) or b"")
+    if noted is None:
+        return None
+    report, trusted = noted
+    if target.sizes(task.name.rpartition("/")[0]).get(task.name) != report.num_bytes:
+        return None
+    if trusted or target.durable:
+        return report
+    if not _still_whole(task, report, target):
+        return None
+    target.write(task.note, task.note_of(report))
+    return report
+
+
+def _still_whole(task: ShardTask, noted: ShardReport, target: Target) -> bool:
+    """Read a finished shard again, after the machine has started anew."""
+    scanner = RecordScanner(task.name)
+    with target.open(task.name) as stream, suppress(TFRecordError):
+        while chunk := stream.read(CHUNK):
+            scanner.feed(chunk)
+    return (scanner.end, f"{scanner.crc:08x}") == (noted.num_bytes, noted.crc32c)
+
+
 def report_from_json(value: dict[str, Any]) -> ShardReport:
     """The inverse of `dataclasses.asdict`."""
-    return ShardReport(**{**value, "source": SourceFile(**value["source"])})
+    return ShardReport(**{**value, "source": source_file_from_json(value["source"])})

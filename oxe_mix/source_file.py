@@ -7,12 +7,13 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from oxe_mix.errors import UserError
 
 CHUNK = 1 << 20
 _MAX_WAIT_S = 60.0
+_MAX_DOUBLINGS = 8  # by then a wait is longer than the longest
 
 T = TypeVar("T")
 
@@ -56,6 +57,15 @@ class SourceFile:
         size = "of unknown size" if self.size is None else f"{self.size:,} bytes"
         return f"{size}, {self.check}" if self.check else size
 
+    @property
+    def anywhere(self) -> SourceFile:
+        """What holds for copies at other addresses, too: an entity tag is its own server's."""
+        return SourceFile(self.size) if (self.check or "").startswith("etag:") else self
+
+    def merged(self, other: SourceFile) -> SourceFile:
+        """What both of them know."""
+        return SourceFile(other.size if self.size is None else self.size, self.check or other.check)
+
     def differs(self, other: SourceFile) -> bool:
         """Whether both know something and it does not agree."""
         pairs = ((self.size, other.size), (self.check, other.check))
@@ -64,6 +74,14 @@ class SourceFile:
 
 def _comparable(a: object, b: object) -> bool:
     return str(a).split(":", 1)[0] == str(b).split(":", 1)[0] or not isinstance(a, str)
+
+
+def source_file_from_json(value: Any) -> SourceFile:
+    """The inverse of `dataclasses.asdict`. Raises: TypeError for anything else."""
+    file = SourceFile(**value)
+    if not isinstance(file.size, int | None) or not isinstance(file.check, str | None):
+        raise TypeError(f"{value} is no SourceFile")
+    return file
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +106,8 @@ def pause(attempt: int, error: TransientError) -> None:
     """Wait after failed try number `attempt`: what the server asked for, else 0.25, 0.5, 1, … s; with jitter,
     so that workers do not come back all at once.
     """
-    wait = 0.25 * 2 ** (attempt - 1) if error.retry_after is None else error.retry_after
+    doubled = 2 ** min(attempt - 1, _MAX_DOUBLINGS)
+    wait = 0.25 * doubled if error.retry_after is None else error.retry_after
     time.sleep(min(_MAX_WAIT_S, wait) * random.uniform(1.0, 1.5))
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from oxe_mix.cards import load_cards
-from oxe_mix.engine import Engine
+from oxe_mix.cards import Cards, load_cards
+from oxe_mix.engine import LOCAL, Engine
 from oxe_mix.errors import UserError
 from oxe_mix.fetch import RETRIES_LOG
-from oxe_mix.finish import clean_up, finish_download, locked_files
+from oxe_mix.finish import clean_up, finish_download, is_whole, refuse_foreign_data
 from oxe_mix.lock import LOCK_FILE, Lock, lock_bytes, parse_lock, refuse_other_mix
 from oxe_mix.mix import Mix, load_mix
 from oxe_mix.plan import SplitPlan, effective, plan_download
@@ -47,27 +48,47 @@ def run_download(options: DownloadOptions, engine: Engine) -> int:
     Returns: the exit code: 0 when all that was asked is there, 1 when shards are missing.
     Raises: UserError for what the user can mend.
     """
+    if engine.runner != LOCAL:
+        from pipelines.runner import check_engine
+
+        check_engine(engine)
     cards = load_cards(options.cards)
     mix = _asked(options, load_mix(options.mix, cards))
     target = open_target(_absolute(options.out))
-    if options.dry_run:
-        run = _Run(options, engine, target, plan_download(mix, cards, options.patience))
-        run.show_plan(schedule(run.plans, target, None))
-        return 0
-    with target.hold("download"):
-        lock = parse_lock(target.read(LOCK_FILE), f"{target.root}/{LOCK_FILE}")
-        budget = mix.max_gb or any(spec.max_gb for spec in mix.datasets)
-        if lock is not None and not budget:
-            refuse_other_mix(target.root, lock, mix)
-            if _is_whole(lock, mix, target):
-                return _nothing_to_do(options, target, mix)
-        plans = plan_download(mix, cards, options.patience)
-        mix = effective(mix, plans)
-        if lock is not None and budget:
-            refuse_other_mix(target.root, lock, mix)
-            if _is_whole(lock, mix, target):
-                return _nothing_to_do(options, target, mix)
-        return _Run(options, engine, target, plans).fetch_and_finish(mix, lock)
+    with nullcontext() if options.dry_run else target.hold("download"):
+        return _download(options, engine, target, mix, cards)
+
+
+def _download(options: DownloadOptions, engine: Engine, target: Target, mix: Mix, cards: Cards) -> int:
+    lock = _binding_lock(target)
+    budget = mix.max_gb or any(spec.max_gb for spec in mix.datasets)
+    if lock is not None and not budget:
+        refuse_other_mix(target.root, lock, mix)
+        if is_whole(lock, mix, target):
+            return _nothing_to_do(options, target, lock)
+    plans = plan_download(mix, cards, options.patience)
+    mix = effective(mix, plans)
+    if lock is not None and budget:
+        refuse_other_mix(target.root, lock, mix)
+        if is_whole(lock, mix, target):
+            return _nothing_to_do(options, target, lock)
+    run, shards = _Run(options, engine, target, plans), schedule(plans, target, lock)
+    run.show_plan(shards)
+    refuse_foreign_data(plans, shards, lock, target)
+    return 0 if options.dry_run else run.fetch_and_finish(shards, mix, lock)
+
+
+def _binding_lock(target: Target) -> Lock | None:
+    """The lock of a target; one of a download that never got a byte binds nobody."""
+    lock = parse_lock(target.read(LOCK_FILE), f"{target.root}/{LOCK_FILE}")
+    if lock is None or lock.complete or lock.datasets or _has_shards(target.sizes(PARTIAL)):
+        return lock
+    return None
+
+
+def _has_shards(sizes: dict[str, int]) -> bool:
+    # A note outlives its shard's wait: the shard may have its final name already.
+    return any(num and name.endswith((".tfrecord", ".tfrecord.json", ".part")) for name, num in sizes.items())
 
 
 def _asked(options: DownloadOptions, mix: Mix) -> Mix:
@@ -81,12 +102,19 @@ def _asked(options: DownloadOptions, mix: Mix) -> Mix:
     return mix.model_copy(update={"max_gb": options.max_gb})
 
 
-def _nothing_to_do(options: DownloadOptions, target: Target, mix: Mix) -> int:
+def _nothing_to_do(options: DownloadOptions, target: Target, lock: Lock) -> int:
+    waiting = _waiting(target).num_bytes
+    if not waiting and not options.dry_run:
+        clean_up(target, lock)
     if options.json:
-        say(json.dumps({"event": "done", "result": target.root, "fetched_shards": 0, "missing": []}))
-    else:
-        words = "is already here, whole; nothing to do"
-        say(f"{target.root}: mix {mix.name!r} {words}\nnext: {next_step(target.root)}")
+        event = {"event": "done", "result": target.root, "fetched_shards": 0, "missing": []}
+        say(json.dumps({**event, "waiting_bytes": waiting}))
+        return 0
+    say(f"{target.root}: mix {lock.mix.name!r} is already here, whole; nothing to do")
+    if waiting:
+        words = "of a larger mix that was not finished: download that again, or delete the folder"
+        say(f"{target.root}/{PARTIAL} holds {size(waiting)} {words}")
+    say(f"next: {next_step(target.root)}")
     return 0
 
 
@@ -99,20 +127,16 @@ class _Run:
     target: Target
     plans: list[SplitPlan]
 
-    def fetch_and_finish(self, mix: Mix, lock: Lock | None) -> int:
+    def fetch_and_finish(self, shards: list[Scheduled], mix: Mix, lock: Lock | None) -> int:
         """Fetch what is not there, and give all of it its final names."""
         from pipelines.download import fetch_all
 
         start, target = time.monotonic(), self.target
-        shards = schedule(self.plans, target, lock)
-        self.show_plan(shards)
-        if lock is None or lock.complete:
-            _refuse_foreign_data(self.plans, lock, target)
         unfinished = Lock(complete=False, mix=mix, datasets=lock.datasets if lock else ())
         if lock is None:
             self._write_lock(unfinished)
         tasks = [one.task for one in shards if one.report is None]
-        goal = Goal("download", "shard", len(tasks), sum(task.estimated_bytes for task in tasks))
+        goal = Goal("download", "shard", len(tasks), sum(one.needed_bytes for one in shards))
         with progress(goal, _sampler(target, len(tasks)), "json" if self.options.json else "auto"):
             reports, failures = fetch_all(tasks, self.options.jobs, self.engine, self.options.patience)
         if failures:
@@ -135,7 +159,7 @@ class _Run:
             say(plan_table(self.plans))
         for line in missing_words(self.plans):
             warn(line)
-        needed = sum(one.task.estimated_bytes for one in shards if one.report is None)
+        needed = sum(one.needed_bytes for one in shards)
         free = self.target.free_bytes()
         if not self.options.json:
             fits = "the target has no limit" if free is None else f"disk free {size(free)}"
@@ -176,25 +200,6 @@ class _Run:
             + (f", retries {retries}" if retries else "")
         )
         say(f"result: {self.target.root}\nnext: {next_step(self.target.root)}")
-
-
-def _is_whole(lock: Lock, mix: Mix, target: Target) -> bool:
-    if not lock.complete or lock.mix != mix:
-        return False
-    sizes: dict[str, int] = {}
-    for dataset in lock.datasets:
-        sizes |= target.sizes(dataset.folder)
-    return all(sizes.get(file) == shard.num_bytes for file, shard in locked_files(lock))
-
-
-def _refuse_foreign_data(plans: list[SplitPlan], lock: Lock | None, target: Target) -> None:
-    """What the lock does not name is not ours to rename or replace: it may be the source itself."""
-    own = {dataset.name for dataset in lock.datasets} if lock else set()
-    for plan in plans:
-        if plan.spec.name not in own and target.sizes(plan.folder):
-            raise UserError(
-                f"{target.root}/{plan.folder}: holds data that no download here wrote; choose another --out"
-            )
 
 
 def _sampler(target: Target, num_tasks: int) -> Callable[[], Sample]:

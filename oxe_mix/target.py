@@ -5,23 +5,22 @@ Files in it are whole or absent. Names are relative to the target, with slashes,
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
+import errno
 import os
+import shlex
 import shutil
-import socket
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import BinaryIO, Protocol
 
+from oxe_mix.bucket import BucketTarget
 from oxe_mix.errors import UserError
-from oxe_mix.files import BUSY_FILE, atomic_write, folder_lock, sweep
+from oxe_mix.files import atomic_write, folder_lock, sweep
 from oxe_mix.writing import safe, writing
+
+_DATASET_DEPTH = 2  # NAME/VERSION
 
 
 class Target(Protocol):
@@ -30,6 +29,10 @@ class Target(Protocol):
     @property
     def root(self) -> str:
         """The folder as the user named it."""
+
+    @property
+    def durable(self) -> bool:
+        """Whether a file is safe as soon as it is placed; if not, only after `flush`."""
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None when it is not there."""
@@ -58,6 +61,9 @@ class Target(Protocol):
     def sizes(self, folder: str) -> dict[str, int]:
         """Every file below a folder, and its bytes."""
 
+    def closed_folders(self) -> dict[str, str]:
+        """Folders NAME and NAME/VERSION that are there and cannot be looked into, and why."""
+
     def sweep(self, folder: str) -> None:
         """Remove what killed runs left half written in a folder."""
 
@@ -71,40 +77,56 @@ class Target(Protocol):
         """Bytes that still fit, None where there is no such limit."""
 
 
-def open_target(out: str | Path) -> Target:
-    """The target that `--out` means."""
+def open_target(out: str | Path, *, follow_links: bool = False) -> Target:
+    """The target that `--out` means. `follow_links`: for who only reads.
+
+    Raises: UserError for the address of a web server.
+    """
     text = str(out)
+    if text.startswith(("http://", "https://")):
+        raise UserError(f"{text}: a web server is neither listed nor written; give a folder, gs:// or s3://")
     if "://" in text and not text.startswith("file://"):
         return BucketTarget(text.rstrip("/"))
-    return LocalTarget(text.removeprefix("file://"))
+    return LocalTarget(text.removeprefix("file://"), follow_links)
 
 
 def next_step(root: str) -> str:
     """What to type after a download into `root`: conversion reads a folder, not a bucket."""
     if "://" not in root:
-        return f"oxe-mix convert --to llava --data {root}"
-    return f"copy or mount {root} as a folder DATA, then oxe-mix convert --to llava --data DATA"
+        return f"oxe-mix convert --to llava --data {shlex.quote(root)}"
+    return f"copy or mount {shlex.quote(root)} as a folder DATA, then oxe-mix convert --to llava --data DATA"
 
 
 @dataclass(frozen=True, slots=True)
 class LocalTarget:
-    """A folder of this machine, or of a file system that all workers mount."""
+    """A folder of this machine, or of a file system that all workers mount. Links out of it are followed only
+    where asked: who writes must not follow them.
+    """
 
     root: str
+    follow_links: bool = False
+
+    @property
+    def durable(self) -> bool:
+        """See Target."""
+        return False
 
     def path(self, name: str) -> Path:
         """The file of a name. Raises: UserError when a link inside the target leads out of it."""
         path = Path(self.root) / safe(name)
-        if not path.resolve().is_relative_to(Path(self.root).resolve()):
+        if not self.follow_links and not path.resolve().is_relative_to(Path(self.root).resolve()):
             raise UserError(f"{path}: leads out of {self.root}; remove the link, or choose another --out")
         return path
 
     def read(self, name: str) -> bytes | None:
         """See Target."""
+        path = self.path(name)
         try:
-            return self.path(name).read_bytes()
+            return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
     def open(self, name: str) -> BinaryIO:
         """See Target."""
@@ -117,7 +139,7 @@ class LocalTarget:
 
     def append(self, name: str, line: str) -> None:
         """See Target."""
-        with self.path(name).open("a") as log:
+        with writing(self.root), self.path(name).open("a") as log:
             log.write(line)
 
     def place(self, finished: Path, name: str) -> None:
@@ -141,21 +163,39 @@ class LocalTarget:
     def remove(self, name: str) -> None:
         """See Target."""
         path = self.path(name)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        with writing(self.root):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def sizes(self, folder: str) -> dict[str, int]:
         """See Target."""
         found: dict[str, int] = {}
-        for parent, _, files in os.walk(self.path(folder) if folder else self.root):
-            for file in files:
-                path = Path(parent, file)
-                # A file may be renamed while we look.
-                with contextlib.suppress(FileNotFoundError):
-                    found[str(path.relative_to(self.root))] = path.stat().st_size
+        top = self.path(folder) if folder else Path(self.root)
+        with writing(self.root):
+            if folder and top.exists() and not top.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(top))
+            for parent, folders, files in os.walk(top, followlinks=self.follow_links):
+                if self.follow_links:
+                    folders[:] = [name for name in folders if self._leads_on(Path(parent, name))]
+                for file in files:
+                    path = Path(parent, file)
+                    # A file may be renamed while we look.
+                    with suppress(FileNotFoundError):
+                        found[str(path.relative_to(self.root))] = path.stat().st_size
         return found
+
+    def closed_folders(self) -> dict[str, str]:
+        """See Target."""
+        root, closed = Path(self.root), dict[str, str]()
+        for path in sorted((*root.glob("*"), *root.glob("*/*"))):
+            name = str(path.relative_to(root))
+            if path.is_symlink() and not path.exists():
+                closed[name] = "a link that leads nowhere"
+            elif path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+                closed[name] = "cannot be read (Permission denied)"
+        return closed
 
     def sweep(self, folder: str) -> None:
         """See Target."""
@@ -176,112 +216,12 @@ class LocalTarget:
     def free_bytes(self) -> int | None:
         """See Target."""
         root = Path(self.root)
-        return shutil.disk_usage(next(p for p in (root, *root.resolve().parents) if p.exists())).free
-
-
-@dataclass(frozen=True, slots=True)
-class BucketTarget:
-    """A folder in a bucket, written with the credentials that the machine has: it is the user's own."""
-
-    root: str
-
-    def read(self, name: str) -> bytes | None:
-        """See Target."""
-        filesystem, path = self._at(name)
-        try:
-            return cast(bytes, filesystem.cat_file(path))
-        except FileNotFoundError:
-            return None
-
-    def open(self, name: str) -> BinaryIO:
-        """See Target."""
-        filesystem, path = self._at(name)
-        return cast(BinaryIO, io.BufferedReader(filesystem.open(path, "rb")))
-
-    def write(self, name: str, content: bytes) -> None:
-        """See Target."""
-        filesystem, path = self._at(name)
         with writing(self.root):
-            filesystem.pipe_file(path, content)
+            return shutil.disk_usage(next(p for p in (root, *root.resolve().parents) if p.exists())).free
 
-    def append(self, name: str, line: str) -> None:
-        """See Target."""
-
-    def place(self, finished: Path, name: str) -> None:
-        """See Target."""
-        filesystem, path = self._at(name)
-        with writing(self.root):
-            filesystem.put_file(str(finished), path)  # an object appears when it is whole
-        finished.unlink()
-
-    def flush(self, name: str) -> None:
-        """See Target."""
-
-    def rename(self, old: str, new: str) -> None:
-        """See Target."""
-        filesystem, path = self._at(old)
-        with writing(self.root):
-            # Not mv: gcsfs would first try an interface that many stores do not have, for a minute.
-            filesystem.cp_file(path, self._at(new)[1])
-            filesystem.rm_file(path)
-
-    def remove(self, name: str) -> None:
-        """See Target."""
-        filesystem, path = self._at(name)
-        filesystem.invalidate_cache()
-        if filesystem.exists(path):
-            filesystem.rm(path, recursive=True)
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        """See Target."""
-        filesystem, path = self._at(folder)
-        root = path.removesuffix(folder).rstrip("/") + "/"
-        filesystem.invalidate_cache()
-        found = filesystem.find(path, detail=True)
-        return {name.removeprefix(root): int(entry["size"]) for name, entry in found.items()}
-
-    def sweep(self, folder: str) -> None:
-        """See Target."""
-
-    @contextmanager
-    def workspace(self, folder: str) -> Iterator[Path]:
-        """See Target."""
-        with tempfile.TemporaryDirectory(prefix="oxe-mix-") as path:
-            yield Path(path)
-
-    @contextmanager
-    def hold(self, what: str) -> Iterator[None]:
-        """See Target; a bucket knows no locks, so an object says who writes here, and who was killed left
-        it.
-        """
-        filesystem, path = self._at(BUSY_FILE)
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
-        try:
-            # Some stores do not keep to `create`, so look as well.
-            if self.read(BUSY_FILE) is not None:
-                raise FileExistsError
-            filesystem.pipe_file(path, json.dumps(who).encode(), mode="create")
-        except FileExistsError as error:
-            other = (self.read(BUSY_FILE) or b"").decode()
-            raise UserError(
-                f"{self.root}: another {what} is writing here ({other}); "
-                f"if that one was killed, delete {self.root}/{BUSY_FILE}"
-            ) from error
-        try:
-            yield
-        finally:
-            filesystem.rm_file(path)
-
-    def free_bytes(self) -> int | None:
-        """See Target."""
-        return None
-
-    def _at(self, name: str) -> tuple[Any, str]:
-        import fsspec
-
-        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        try:
-            filesystem, path = fsspec.core.url_to_fs(f"{self.root}/{safe(name)}" if name else self.root)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"{self.root}: cannot be opened ({error}); expected a folder or gs://") from error
-        return filesystem, str(path)
+    def _leads_on(self, folder: Path) -> bool:
+        """Whether to walk into a folder: a link only where NAME or NAME/VERSION stands, and never round."""
+        if not folder.is_symlink():
+            return True
+        round_ = folder.parent.resolve().is_relative_to(folder.resolve())
+        return len(folder.relative_to(self.root).parts) <= _DATASET_DEPTH and not round_

@@ -19,11 +19,11 @@ from oxe_mix.errors import UserError
 from oxe_mix.finish import locked_files
 from oxe_mix.lock import LOCK_FILE, Lock, LockedShard, parse_lock
 from oxe_mix.progress import Goal, Sample, progress
-from oxe_mix.rlds import FEATURES_FILE, INFO_FILE, DatasetInfo, parse_dataset_info, parse_features
+from oxe_mix.rlds import FEATURES_FILE, INFO_FILE, SAFE_NAME, DatasetInfo, parse_dataset_info, parse_features
 from oxe_mix.source_file import CHUNK
 from oxe_mix.target import Target, next_step, open_target
 from oxe_mix.text import complain, count, say, size, table
-from oxe_mix.tfrecord import FRAME_BYTES, RecordScanner, TFRecordError
+from oxe_mix.tfrecord import FRAME_BYTES, RecordScanner
 
 
 @dataclass(slots=True)
@@ -55,12 +55,13 @@ def run_verify(data: str, cards_folder: Path | None, jobs: int, *, as_json: bool
     Returns: the exit code: 0 when all is well, 1 when something is wrong.
     Raises: UserError when there is nothing to check.
     """
-    start, target = time.monotonic(), open_target(data)
+    start, target = time.monotonic(), open_target(data, follow_links=True)
     lock = parse_lock(target.read(LOCK_FILE), f"{data}/{LOCK_FILE}")
     checks = verify(target, lock, load_cards(cards_folder), jobs, as_json=as_json)
     problems = [problem for check in checks for problem in check.problems]
     if lock is not None and not lock.complete:
         problems.insert(0, f"{data}/{LOCK_FILE}: the download is not finished; run oxe-mix download again")
+    problems += [f"{data}/{name}: {why}" for name, why in target.closed_folders().items()]
     if as_json:
         say(json.dumps({"event": "verified", "problems": problems, "datasets": [asdict(c) for c in checks]}))
         return int(bool(problems))
@@ -86,16 +87,11 @@ def verify(
     Raises: UserError when the folder holds no dataset.
     """
     sizes = target.sizes("")
-    folders = sorted(name.rsplit("/", 1)[0] for name in sizes if name.endswith(f"/{INFO_FILE}"))
-    if lock is not None:
-        folders = sorted({*folders, *(dataset.folder for dataset in lock.datasets)})
-    if not folders:
-        raise UserError(f"{target.root}: no NAME/VERSION/{INFO_FILE} here; give a folder of RLDS datasets")
-    checks, shards = {folder: DatasetCheck(folder) for folder in folders}, list[_Shard]()
+    checks, shards = _folders(target, lock, sizes), list[_Shard]()
     for folder, check in checks.items():
-        shards += _look_at(
-            check, target, lock, cards, {n: b for n, b in sizes.items() if n.startswith(f"{folder}/")}
-        )
+        if _is_dataset(check):
+            inside = {n: b for n, b in sizes.items() if n.startswith(f"{folder}/")}
+            shards += _look_at(check, target, lock, cards, inside)
     seen, guard = Sample(0), threading.Lock()
 
     def read(shard: _Shard) -> None:
@@ -118,19 +114,47 @@ def verify(
     return list(checks.values())
 
 
+def _folders(target: Target, lock: Lock | None, sizes: dict[str, int]) -> dict[str, DatasetCheck]:
+    """What lies in a data folder: datasets, and folders that look like one and are none, with the reason.
+
+    Raises: UserError when there is neither, unless a download is unfinished or something cannot be read.
+    """
+    found = {name.rpartition("/")[0] for name in sizes if f"/{name}".endswith(f"/{INFO_FILE}")}
+    locked = [dataset.folder for dataset in lock.datasets] if lock else []
+    checks = {folder: DatasetCheck(folder) for folder in sorted({*found, *locked} - {""})}
+    for folder, check in checks.items():
+        parts = folder.split("/")
+        if any(part.startswith(".") for part in parts):
+            check.notes.append("hidden, not read")
+        elif not all(map(SAFE_NAME.fullmatch, parts)):
+            words = "no name for a dataset; only letters, digits, '-', '_' and '.'"
+            check.problems.append(f"{target.root}/{folder}: {words}")
+        elif len(parts) == 1:
+            check.notes.append("not NAME/VERSION, not read")
+    unfinished = lock is not None and not lock.complete
+    if unfinished or target.closed_folders() or any(c.problems or _is_dataset(c) for c in checks.values()):
+        return checks
+    above = {1: "; it is the folder of one dataset, give the one above", 0: "; give the folder two above"}
+    depth = min((len(f.split("/")) if f else 0 for f in found if not f.startswith(".")), default=2)
+    words = above.get(depth, "; give a folder of RLDS datasets")
+    raise UserError(f"{target.root}: no NAME/VERSION/{INFO_FILE} here{words}")
+
+
+def _is_dataset(check: DatasetCheck) -> bool:
+    return not check.problems and not check.notes
+
+
 def _look_at(
     check: DatasetCheck, target: Target, lock: Lock | None, cards: Cards, sizes: dict[str, int]
 ) -> list[_Shard]:
     """Check a dataset's metadata; returns the shards that are there to be read."""
     where = f"{target.root}/{check.folder}"
-    texts = {name: target.read(f"{check.folder}/{name}") for name in (INFO_FILE, FEATURES_FILE)}
-    missing = [name for name, text in texts.items() if text is None]
-    check.problems += [f"{where}/{name}: not there" for name in missing]
     try:
-        info = parse_dataset_info((texts[INFO_FILE] or b"").decode(), f"{where}/{INFO_FILE}")
-        _fits_card(check, cards, (texts[FEATURES_FILE] or b"").decode(), where)
+        texts = {name: _text(target, f"{check.folder}/{name}") for name in (INFO_FILE, FEATURES_FILE)}
+        info = parse_dataset_info(texts[INFO_FILE], f"{where}/{INFO_FILE}")
+        _fits_card(check, cards, texts[FEATURES_FILE], where)
     except UserError as error:
-        check.problems += [] if missing else [str(error)]
+        check.problems.append(str(error))
         return []
     locked = dict(locked_files(lock)) if lock else {}
     listed = list(_listed(check.folder, info, locked))
@@ -145,6 +169,16 @@ def _look_at(
         check.problems.append(f"{target.root}/{name}: the lock lists it, {INFO_FILE} does not")
     _weigh(check, info, sizes, where)
     return [shard for shard in listed if f"{shard.folder}/{shard.name}" in sizes]
+
+
+def _text(target: Target, name: str) -> str:
+    content = target.read(name)
+    if content is None:
+        raise UserError(f"{target.root}/{name}: not there")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{target.root}/{name}: is no text ({error})") from error
 
 
 def _fits_card(check: DatasetCheck, cards: Cards, features: str, where: str) -> None:
@@ -187,7 +221,7 @@ def _read(shard: _Shard, target: Target) -> tuple[list[str], RecordScanner]:
             while chunk := stream.read(CHUNK):
                 scanner.feed(chunk)
         scanner.close()
-    except TFRecordError as error:
+    except UserError as error:  # of the records, or of the way to them
         return [str(error)], scanner
     except OSError as error:
         return [f"{name}: cannot be read ({error})"], scanner
@@ -210,9 +244,15 @@ def _report(checks: list[DatasetCheck], *, locked: bool) -> str:
             f"{check.shards:,}",
             f"{check.records:,}",
             size(check.num_bytes),
-            f"{len(check.problems)} problems" if check.problems else ", ".join(["ok", *check.notes]),
+            count(len(check.problems), "problem") if check.problems else _verdict(check),
         )
         for check in checks
     ]
+    if not rows:
+        return "no dataset is there yet"
     words = "" if locked else f"\nno {LOCK_FILE} here, so files are held to {INFO_FILE} alone"
     return table(("dataset", "shards", "records", "read", "verdict"), rows) + words
+
+
+def _verdict(check: DatasetCheck) -> str:
+    return ", ".join([*(["ok"] if check.shards or not check.notes else []), *check.notes])

@@ -11,6 +11,10 @@ from oxe_mix.files import BUSY_FILE
 from oxe_mix.rlds import SAFE_NAME
 
 _OURS = (".partial", BUSY_FILE)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# A file where a folder has to be, or the other way round.
+_IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY)
 
 
 class TargetError(UserError):
@@ -33,12 +37,22 @@ def writing(root: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in _FULL:
             raise TargetError(
                 f"{root}: the disk is full; free some space and run again: what is whole is kept"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in _CLOSED:
             raise TargetError(
                 f"{root}: cannot write here ({error.strerror}); choose another --out"
+            ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise TargetError(
+                f"{root}: a name here would be too long for the disk; choose another --out"
+            ) from error
+        if error.errno in _IN_THE_WAY:
+            place = error.filename2 or error.filename or root
+            raise TargetError(
+                f"{place}: something is in the way here ({error.strerror}); "
+                "move it elsewhere, or choose another --out"
             ) from error
         raise

@@ -12,6 +12,21 @@ from oxe_mix.errors import UserError
 Loc = tuple[str | int, ...]
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice; YAML's own way is to take the last one without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """See yaml.composer. Raises: yaml.MarkedYAMLError at the second place."""
+        node = super().compose_mapping_node(anchor)
+        seen: dict[tuple[str, str], yaml.Mark] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            first = seen.setdefault((key.tag, key.value), key.start_mark)
+            if first is not key.start_mark:
+                problem = f"{key.value!r} is written twice, the first time on line {first.line + 1}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return node
+
+
 def load_yaml(file: Path) -> Any:
     """Read a YAML file; the user's mistakes become one line with the place."""
     try:
@@ -21,7 +36,8 @@ def load_yaml(file: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error})") from error
     try:
-        return yaml.safe_load(text)
+        # A SafeLoader: it makes plain values only.
+        return yaml.load(text, _OnceLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

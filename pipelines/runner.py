@@ -20,6 +20,7 @@ from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from oxe_mix.engine import LOCAL, Engine
 from oxe_mix.errors import UserError
 from oxe_mix.target import open_target
+from pipelines.worker import COMMAND_PID
 
 _BYTES_PER_WORKER = 256 << 20
 _LONGEST_JOB_S = 30 * 24 * 3600
@@ -44,6 +45,11 @@ def run_and_collect(
         with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder:
             return _run(build, _pipeline(engine, workers), folder)
     return _run(build, _pipeline(engine, workers), shared)
+
+
+def check_engine(engine: Engine) -> None:
+    """Refuse an engine that cannot be. Raises: UserError."""
+    _pipeline(engine, workers=1)
 
 
 def _run(
@@ -84,9 +90,9 @@ def _worker_command() -> str:
 
     -P: a file that happens to lie in the user's folder (proto.py, say) must not stand in for a package. Beam
     itself waits for ever for a worker that cannot start or that the kernel killed; so its end ends this
-    process, too.
+    process, too. And the other way round: told who started it, a worker ends when that one has.
     """
-    worker = f"{shlex.quote(sys.executable)} -P -m pipelines.worker"
+    worker = f"{COMMAND_PID}={os.getpid()} {shlex.quote(sys.executable)} -P -m pipelines.worker"
     words = "a worker process ended early (out of memory?); the next run goes on where this one was"
     return f"{worker} || {{ echo 'error: {words}' >&2; kill -TERM {os.getpid()}; }}"
 

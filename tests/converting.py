@@ -14,7 +14,10 @@ import numpy as np
 from PIL import Image
 
 from convert.lines import index_of
-from oxe_mix.synth.bucket import _black, _blank, _features, _tree
+from oxe_mix.synth.features import blank as _blank
+from oxe_mix.synth.features import feature_tree as _tree
+from oxe_mix.synth.features import features as _features
+from oxe_mix.synth.frames import black as _black
 from oxe_mix.tfrecord import frame
 from tests.conftest import OXE_MIX, run
 

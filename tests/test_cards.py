@@ -17,7 +17,7 @@ from oxe_mix.errors import UserError
 from oxe_mix.mods import FlipChannels
 from oxe_mix.record_mods import resolve
 from oxe_mix.rlds import FeatureTree, parse_features
-from oxe_mix.synth.bucket import _features
+from oxe_mix.synth.features import features as _features
 from oxe_mix.trees import TREES, shipped_tree
 from tests.conftest import DATASETS
 

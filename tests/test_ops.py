@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from convert import ops
 from convert.ops import apply_op, int32_codepoints
 from oxe_mix.cards import OpName, Slice
-from oxe_mix.synth.bucket import _features
+from oxe_mix.synth.features import features as _features
 
 # Grippers often rest exactly on a threshold, or just beside one.
 GRIPPERS = st.one_of(
@@ -257,7 +257,8 @@ def test_code_points_are_cut_at_the_first_zero() -> None:
 
 def test_packed_tensors_and_bools_are_read_as_floats() -> None:
     from oxe_mix.rlds import Episode, Feature, FeatureTree
-    from oxe_mix.synth.bucket import _blank, _tree
+    from oxe_mix.synth.features import blank as _blank
+    from oxe_mix.synth.features import feature_tree as _tree
 
     tree = _tree("kuka")["features"]
     step = _blank(tree["steps"]["feature"])

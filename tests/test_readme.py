@@ -15,6 +15,7 @@ import yaml
 
 from oxe_mix.cards import load_cards
 from oxe_mix.mix import load_mix
+from oxe_mix.mix_check import check_mix
 from tests.conftest import PYTHON, ROOT, run
 
 README = (ROOT / "README.md").read_text()
@@ -152,8 +153,8 @@ def test_setting_up_again_does_nothing() -> None:
 def test_what_the_readme_says_of_the_default_mix_is_what_the_cards_come_to() -> None:
     cards = load_cards()
     mix = load_mix(Path("default.yaml"), cards)
-    sizes = [(cards.get(spec.name).size_gib, spec.fraction) for spec in mix.datasets]
-    known = [size * fraction for size, fraction in sizes if size is not None]
+    sizes = [share.gib for share in check_mix(mix, cards, Path("default.yaml")).shares]
+    known = [size for size in sizes if size is not None]
     assert (
         f"the 26 datasets and fractions of the system that this one replaces, {sum(known):.0f} GiB" in README
     )
@@ -189,3 +190,24 @@ def test_the_readmes_scores_are_the_recorded_ones() -> None:
         assert [float(figure) for figure in figures] == [round(l1[name], 3) for name in order]
         assert float(ratio) == round(l1["model"] / l1["mean_action"], 2) <= 0.6
         assert l1["shuffled_images"] > l1["mean_action"]
+
+
+def test_the_readmes_rates_of_conversion_are_the_recorded_ones() -> None:
+    results = ROOT / "benchmarks/results"
+    large = json.loads((results / "2026-11-21-convert-jpeg240k.json").read_text())["figures"]
+    name = "2026-11-21-convert-jpeg24k-png-resize-workers-memory-reader.json"
+    small = json.loads((results / name).read_text())["figures"]
+
+    def beside(figures: dict[str, dict[str, float]], what: str) -> str:
+        return f"{figures[f'{what}: beside the usual way']['value']:.1f}"
+
+    text = " ".join(README.split())
+    assert f"frames go {beside(large, 'large, files')} times as fast into files" in text
+    assert f"and {beside(large, 'large, tar')} times into tars, 24,000 frames" in text
+    assert f"24,000 frames {beside(small, 'small, files')} and {beside(small, 'small, tar')} times." in text
+    shares = [large[f"large, {layout}: share of the rate of cp"]["value"] for layout in ("files", "tar")]
+    assert f"Into files is {shares[0]:.1f} times the rate of `cp`, into tars {shares[1]:.2f} times." in text
+    peaks = [figure["value"] for name, figure in small.items() if "peak MB" in name]
+    assert f"A worker needs {max(peaks):.0f} MB, for 100 frames or 100,000." in text
+    rates = [small[f"reader, {layout}: samples/s"]["value"] for layout in ("files", "tar")]
+    assert f"{rates[0]:,} random samples a second from files, {rates[1]:,} from tars." in text

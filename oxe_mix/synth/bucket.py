@@ -5,10 +5,12 @@ seed.
 from __future__ import annotations
 
 import json
+import shlex
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +18,15 @@ from oxe_mix.errors import UserError
 from oxe_mix.files import atomic_write, write_json
 from oxe_mix.rlds import FEATURES_FILE, INFO_FILE, DatasetInfo, Split
 from oxe_mix.synth.episodes import world_episode
-from oxe_mix.synth.features import Node, blank, feature_tree, features, save_features, serialize
-from oxe_mix.synth.frames import black
+from oxe_mix.synth.features import Node, save_features, serialize
 from oxe_mix.synth.generic import random_episode
 from oxe_mix.synth.plan import BucketPlan, DatasetPlan, SynthOptions, plan_bucket
 from oxe_mix.synth.robots import ROBOTS
 from oxe_mix.text import count, say, size
 from oxe_mix.tfrecord import FRAME_BYTES, frame
+from oxe_mix.writing import writing
 
-_DONE = "synth.json"
-# The tests' names for what has a home of its own.
-_features, _tree, _blank, _black = features, feature_tree, blank, black
+_NOTE = "synth.json"  # the settings, from the start; how much it came to, when all is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,33 +51,54 @@ class _Written:
 def run_synth(options: SynthOptions) -> int:
     """Make a bucket of six datasets that can be learnt, or of every dataset of a mix; returns the exit code.
 
-    Raises: UserError when the folder holds something else, or the same with other settings; or for a mix
-        that cannot be made.
+    Raises: UserError when the folder holds something else, the same with other settings, or cannot be
+        written; or for a mix that cannot be made.
     """
     plan, out = plan_bucket(options), options.out
-    if out.exists() and any(out.iterdir()):
-        if (out / _DONE).exists() and json.loads((out / _DONE).read_text())["settings"] == plan.settings:
+    with writing(str(out)):
+        if _is_made(plan, out):
             say(f"{out}: already made with these settings; nothing to do")
             return 0
-        raise UserError(f"{out}: not empty, and not this bucket; delete it or choose another --out")
-    shards = [shard for dataset in plan.datasets for shard in _shards(dataset, options.seed, out)]
-    with ProcessPoolExecutor(options.workers) as pool:
-        written = dict(zip(shards, pool.map(_write_shard, shards), strict=True))
-    for dataset in plan.datasets:
-        _write_metadata(dataset, {s: done for s, done in written.items() if s.dataset == dataset}, out)
-    _finish(plan, written, out)
+        write_json(out / _NOTE, {"settings": plan.settings})
+        shards = [shard for dataset in plan.datasets for shard in _shards(dataset, options.seed, out)]
+        with ProcessPoolExecutor(options.workers) as pool:
+            written = dict(zip(shards, pool.map(_write_shard, shards), strict=True))
+        for dataset in plan.datasets:
+            _write_metadata(dataset, {s: done for s, done in written.items() if s.dataset == dataset}, out)
+        _finish(plan, written, out)
     return 0
+
+
+def _is_made(plan: BucketPlan, out: Path) -> bool:
+    """Whether this bucket lies in `out`. Raises: UserError when something else does, or a part of it."""
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    note = _note(out / _NOTE)
+    if note.get("settings") != plan.settings:
+        raise UserError(f"{out}: not empty, and not this bucket; delete it or choose another --out")
+    if "steps" not in note:
+        raise UserError(f"{out}: this bucket, but not finished: a run was cut short; delete it and run again")
+    return True
+
+
+def _note(file: Path) -> dict[str, Any]:
+    try:
+        note = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _finish(plan: BucketPlan, written: dict[_Shard, _Written], out: Path) -> None:
     steps = sum(done.steps for done in written.values())
     num_bytes = sum(done.payload_bytes for done in written.values())
-    write_json(out / _DONE, {"settings": plan.settings, "steps": steps, "bytes": num_bytes})
+    write_json(out / _NOTE, {"settings": plan.settings, "steps": steps, "bytes": num_bytes})
     made = sum(len(shard.episodes) for shard in written)
     say(
         f"asked {plan.asked}, made {made:,} in all of {count(len(plan.datasets), 'dataset')}: "
         f"{count(steps, 'step')}, {size(num_bytes)}\n"
-        f"result: {out}\nnext: oxe-mix download --mix {plan.mix} --source {out}"
+        f"result: {out}\n"
+        f"next: oxe-mix download --mix {shlex.quote(str(plan.mix))} --source {shlex.quote(str(out))}"
     )
 
 

@@ -91,8 +91,11 @@ class BucketPlan:
 def plan_bucket(options: SynthOptions) -> BucketPlan:
     """The bucket that the options ask for.
 
-    Raises: UserError for a mix that does not load, a dataset without a feature tree, or too few episodes.
+    Raises: UserError for a mix that does not load, a dataset without a feature tree, too few episodes or a
+        negative seed.
     """
+    if options.seed < 0:
+        raise UserError(f"--seed {options.seed}: a seed is 0 or more")
     return _plan_demo(options) if options.mix is None else _plan_mix(options, options.mix)
 
 
