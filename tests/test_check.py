@@ -81,7 +81,10 @@ def _swap(sample: dict[str, Any], turn: int, old: str, new: str) -> None:
         (lambda s: s.update(dataset="kuka"), "is not that of its place"),
         (lambda s: s.update(step="1"), "is no sample (TypeError: a field has another type)"),
         (lambda s: s.pop("image"), "is no sample (KeyError: 'image')"),
-        (lambda s: _swap(s, 1, r"<ACTION_\d+>", "<ACTION_99999999999999999999>"), "is not made of the tokens"),
+        (
+            lambda s: _swap(s, 1, r"<ACTION_\d+>", "<ACTION_99999999999999999999>"),
+            "is not made of the tokens",
+        ),
         (lambda s: s.update(image=["viola/train/0/9_9.jpg"] * 2), "0/9_9.jpg is of another place than"),
         (lambda s: s.update(image=["../../../etc/passwd"] * 2), "etc/passwd is of another place than"),
         (lambda s: s.update(image=[name + "x" for name in s["image"]]), "x: "),
