@@ -1,9 +1,21 @@
-# Every target sets up .venv by itself. Options: CONFIG, NPROC, LLAVA and RUN for train; SEEDS for bench, CONSTRAINTS for setup.
+# Every target sets up .venv by itself. Options: SEEDS for bench, CONSTRAINTS for setup, and for train:
+#   CONFIG, LLAVA, RUN     what is trained, on what, and where it goes
+#   NPROC                  ranks on each machine: one per GPU
+#   CHECK_ONLY=1, OVERFIT=1, WEIGHTS_ONLY=1
+#   NNODES, NODE_RANK, MASTER=host:port   the same command on each of several machines
+#   HOSTFILE               or one command for all of them: lines of `host slots=8`, reached by ssh
 BIN := .venv/bin
 CONFIG ?= train_llava/configs/tiny-cpu.yaml
 NPROC ?= 2
 LLAVA ?= llava
 RUN ?=
+CHECK_ONLY ?=
+OVERFIT ?=
+WEIGHTS_ONLY ?=
+NNODES ?=
+NODE_RANK ?=
+MASTER ?=
+HOSTFILE ?=
 SEEDS ?= 0 1 2
 CONSTRAINTS ?=
 
@@ -19,7 +31,11 @@ test: setup
 	@$(BIN)/python -m pytest
 
 train: setup
-	@$(BIN)/python -m train_llava.launch --config "$(CONFIG)" --nproc $(NPROC) --llava "$(LLAVA)" $(if $(RUN),--run "$(RUN)")
+	@exec $(BIN)/python -m train_llava.launch --config "$(CONFIG)" --nproc $(NPROC) --llava "$(LLAVA)" \
+		$(if $(RUN),--run "$(RUN)") $(if $(HOSTFILE),--hostfile "$(HOSTFILE)") \
+		$(if $(NNODES),--nnodes "$(NNODES)") $(if $(NODE_RANK),--node-rank "$(NODE_RANK)") \
+		$(if $(MASTER),--master "$(MASTER)") $(if $(CHECK_ONLY),--check-only) \
+		$(if $(OVERFIT),--overfit-batch) $(if $(WEIGHTS_ONLY),--weights-only)
 
 bench: setup
 	@$(BIN)/python -m benchmarks.three_seeds $(SEEDS)

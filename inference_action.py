@@ -55,7 +55,7 @@ def act(
     from transformers.utils import logging as transformers_logging
 
     from train_llava.decode import ActionDecoder, action_record
-    from train_llava.model import load_checkpoint
+    from train_llava.loading import load_checkpoint
     from train_llava.processor import open_image
 
     transformers_logging.disable_progress_bar()
@@ -68,7 +68,7 @@ def act(
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     decoder = ActionDecoder(model, processor, codec)
     start = time.perf_counter()
-    prediction = decoder.predict([asked], processor.view(frame)[None], [key])
+    prediction = decoder.predict([asked], [processor.view(frame)], [key])
     latency = (time.perf_counter() - start) * 1000
     return action_record(codec, prediction, key) | {"latency_ms": round(latency, 2)}
 

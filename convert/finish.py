@@ -33,11 +33,13 @@ from convert.report import HELD_OUT, WRITTEN, ShardReport
 from convert.shards import ShardJob, read_stats
 from convert.statistics import STATISTICS_FILE, openvla_layout
 from oxe_mix import __version__
+from oxe_mix.cards import Cards
 from oxe_mix.errors import UserError
 from oxe_mix.files import atomic_write, write_json
 from oxe_mix.lock import LOCK_FILE
 from oxe_mix.mix import Mix
 
+CARDS = "cards"
 ARRAY, ARRAY_VAL = "conversations.json", "val.json"
 _NEAR_CONSTANT = 0.99
 _TOP = 5
@@ -52,6 +54,7 @@ class Run:
     seed: int
     datasets: list[DatasetOnDisk]
     jobs: list[ShardJob]
+    cards: Cards
 
 
 def finish_conversion(run: Run, reports: list[ShardReport], scratch: Path) -> Manifest:
@@ -72,6 +75,7 @@ def finish_conversion(run: Run, reports: list[ShardReport], scratch: Path) -> Ma
     )
     write_codec(out, codec)
     write_json(out / STATISTICS_FILE, openvla_layout(stats))
+    _write_cards(run)
     manifest = _manifest(run, reports)
     _write_data_yaml(run, "data.yaml", [file for d in manifest.datasets for file in d.files])
     _write_data_yaml(run, "data_val.yaml", [file for d in manifest.datasets for file in d.validation_files])
@@ -213,6 +217,16 @@ def _remove_leftovers(run: Run, reports: list[ShardReport]) -> None:
     for old in [*(out / IMAGES).glob("*/*"), *(out / IMAGES).glob("*")]:
         if old.is_dir() and not any(old.iterdir()):
             old.rmdir()
+
+
+def _write_cards(run: Run) -> None:
+    """The datasets' cards as they were: what the numbers mean goes with them, to the checkpoint too."""
+    folder = run.options.out / CARDS
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for dataset in run.datasets:
+        with atomic_write(folder / f"{dataset.card.name}.yaml") as stream:
+            stream.write(run.cards.file_of(dataset.card).read_bytes())
 
 
 def _write_data_yaml(run: Run, name: str, files: list[ConvertedFile]) -> None:

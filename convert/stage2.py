@@ -92,7 +92,7 @@ def _resolve(options: ConvertOptions) -> Run:
     seed = mix.seed if mix is not None else 0
     rules, fraction = options.rules, options.val_fraction
     jobs = [job for d in datasets for job in shard_jobs(d, options.out, rules, seed, fraction)]
-    return Run(options, mix, seed, datasets, jobs)
+    return Run(options, mix, seed, datasets, jobs, cards)
 
 
 def _passes_done(run: Run) -> Callable[[], Sample]:

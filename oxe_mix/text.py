@@ -14,6 +14,14 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def count(number: int, thing: str) -> str:
     """`1 shard`, `2,000 shards`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from oxe_mix.cards import Cards, load_cards
 
@@ -86,10 +87,11 @@ def llava(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's config with a few steps instead of many."""
-    text = (ROOT / "train_llava/configs/tiny-cpu.yaml").read_text()
-    lines = [line for line in text.splitlines() if "max_steps" not in line and "logging_steps" not in line]
+    config = yaml.safe_load((ROOT / "train_llava/configs/tiny-cpu.yaml").read_text())
+    config["train"]["max_steps"] = 12
+    config |= {"logging": {"every": 1}, "checkpoints": {"every": 5}}
     file = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    file.write_text("\n".join([*lines, "  max_steps: 12", "  logging_steps: 1", ""]))
+    file.write_text(yaml.safe_dump(config))
     return file
 
 

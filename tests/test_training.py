@@ -44,7 +44,7 @@ def test_the_stock_classes_load_what_it_left(checkpoint: Path, llava: Path) -> N
     import torch
     from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
-    from train_llava.model import load_checkpoint
+    from train_llava.loading import load_checkpoint
 
     loaded: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
     stock, loading = loaded

@@ -12,11 +12,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from oxe_mix.cards import FolderName
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.yaml_files import load_yaml
+from train_llava.augment import Augment
 
 # Files of a run that the launcher and the ranks both know.
-METRICS_FILE, ERROR_FILE, REHEARSAL = "metrics.jsonl", ".error.json", ".rehearsal-"
+METRICS_FILE, OVERFIT_FILE, CHECKPOINTS = "metrics.jsonl", "overfit.jsonl", "checkpoints"
+ERROR_FILE, STOPPED_FILE, REHEARSAL = ".error.json", ".stopped.json", ".rehearsal-"
 
+Precision = Literal["fp32", "bf16"]
+ImageMode = Literal["single", "pad", "anyres_max_9"]
+Part = Literal["vision_tower", "projector", "language_model"]
+PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
 Positive = Annotated[int, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class _Strict(BaseModel):
@@ -37,61 +44,168 @@ class TinyModel(_Strict):
     vocabulary: Positive = 512  # of the base tokenizer, before the action tokens
 
 
+class LoraConfig(_Strict):
+    """Low-rank adapters in the language model's linear layers, beside the new tokens' rows of embedding and
+    head; what they adapt stays as it is.
+    """
+
+    rank: Positive = 32
+    alpha: Rate = 64.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    quantize: Literal["none", "nf4"] = "none"  # nf4: the frozen language model in 4 bits (QLoRA)
+
+
 class ModelConfig(_Strict):
-    """Where training starts: a folder or hub id in transformers' LLaVA-OneVision format, or a tiny random
-    model.
+    """What is trained, and from where: a folder or hub id (transformers' or LLaVA-NeXT's layout), or a tiny
+    random model.
     """
 
     path: str | None = None
     tiny: TinyModel | None = None
+    image_mode: ImageMode = "single"
+    lora: LoraConfig | None = None
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
 
     @model_validator(mode="after")
     def _one_of_both(self) -> ModelConfig:
         if (self.path is None) == (self.tiny is None):
             raise ValueError("give either path (a folder or hub id) or tiny")
+        if self.tiny is not None and self.lora is not None:
+            raise ValueError("lora adapts a model that is somewhere, but tiny makes a new one; give path")
+        return self
+
+
+class SourceConfig(_Strict):
+    """More data beside the converted folder that the command names."""
+
+    name: FolderName
+    path: Path  # a converted folder, or LLaVA data: .json, .jsonl, or a .yaml that lists such files
+    images: Path | None = None  # of LLaVA data: the folder below which its images lie
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class DataConfig(_Strict):
+    """What is mixed into one stream. P(source) is proportional to its weight x its samples."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0  # of the converted folder, times each dataset's own
+    sources: tuple[SourceConfig, ...] = ()
+    augment: Augment | None = None  # of training frames; OpenVLA's strengths when written {}
+    workers: Annotated[int, Field(ge=0)] | None = None  # processes per rank that decode; None: by the cores
+    cache_frames: bool = False  # keep decoded frames in memory at model size: for small data only
+
+    @model_validator(mode="after")
+    def _cached_frames_are_final(self) -> DataConfig:
+        if self.cache_frames and (self.augment is not None or self.workers):
+            raise ValueError("cache_frames keeps frames as they are, in one process: no augment, no workers")
+        if len({source.name for source in self.sources}) < len(self.sources):
+            raise ValueError("two sources have the same name")
+        return self
+
+
+class LossConfig(_Strict):
+    """Beyond cross-entropy on the answer."""
+
+    neighbour_sigma: Annotated[float, Field(ge=0)] = 0.0  # bins; above 0 near bins count as nearly right
+    dimension_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None  # one per action dimension
+
+
+class ZeroConfig(_Strict):
+    """How DeepSpeed splits the training state over the ranks."""
+
+    stage: Literal[2, 3] = 2
+    offload: Literal["none", "optimizer", "all"] = "none"  # to the CPU; all: stage 3's weights too
+
+    @model_validator(mode="after")
+    def _fits(self) -> ZeroConfig:
+        if self.offload == "all" and self.stage != 3:
+            raise ValueError("offload: all moves weights, which only stage 3 splits; use offload: optimizer")
         return self
 
 
 class TrainConfig(_Strict):
     """How long, in what steps, and on what schedule."""
 
-    max_steps: Positive
-    global_batch: Positive  # samples per optimizer step, over all ranks: the same run whatever NPROC is
+    epochs: Rate | None = None  # passes of as many draws as there are samples
+    max_steps: Positive | None = None
+    global_batch: Positive | None = None  # samples per optimizer step over all ranks, whatever their number
+    accumulate: Positive | None = None  # or: forward passes per optimizer step and rank
     micro_batch: Positive  # samples per rank and forward pass
-    learning_rate: Annotated[float, Field(gt=0)]
+    # Of each part, null where it is frozen. With lora, language_model's is that of adapters and new rows.
+    learning_rates: dict[Part, Rate | None]
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    max_grad_norm: Rate = 1.0
+    precision: Precision = "bf16"
+    gradient_checkpointing: bool = False
+    compile: bool = False  # the layers of vision tower and language model, by torch.compile
     max_length: Positive = 2048  # tokens of a sample, frames included; a longer one is refused before step 1
-    logging_steps: Positive = 50
-    cache_frames: bool = False  # keep decoded frames in memory at model size: for small data only
+    zero: ZeroConfig = ZeroConfig()
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _says_each_thing_once(self) -> TrainConfig:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give either epochs or max_steps")
+        if (self.global_batch is None) == (self.accumulate is None):
+            raise ValueError("give either global_batch or accumulate")
+        if set(self.learning_rates) != set(PARTS):
+            raise ValueError(f"learning_rates: give each of {', '.join(PARTS)}; null freezes a part")
+        if not any(self.learning_rates.values()):
+            raise ValueError("learning_rates: all parts are frozen; nothing would be trained")
+        return self
+
+
+class CheckpointConfig(_Strict):
+    """What is kept while the run goes on."""
+
+    every: Positive = 500  # steps
+    keep: Positive = 2  # the last so many; the best one beside them
+
+
+class EvaluationConfig(_Strict):
+    """On held-out episodes of the converted folder, if it has any."""
+
+    every: Positive | None = None  # steps; None: only at the end. The checkpoint of the best one is kept.
+    samples: Positive = 512  # of the held-out ones, evenly spread, while training goes on
+    final_samples: Positive = 10_000  # and at its end, at most
+
+
+class LoggingConfig(_Strict):
+    """metrics.jsonl is always written."""
+
+    every: Positive = 10  # steps
+    to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
 class RunConfig(_Strict):
     """A whole run."""
 
     name: FolderName
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     model: ModelConfig
+    data: DataConfig = DataConfig()
     train: TrainConfig
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
 
-    def accumulation(self, num_ranks: int) -> int:
-        """Micro batches per optimizer step and rank. Raises: UserError when the product does not come out."""
-        if num_ranks < 1:
-            raise UserError(f"NPROC is {num_ranks}; at least one process must train")
-        per_pass = self.train.micro_batch * num_ranks
-        if self.train.global_batch % per_pass:
-            raise UserError(
-                f"train.global_batch {self.train.global_batch} is no multiple of train.micro_batch "
-                f"{self.train.micro_batch} x {num_ranks} ranks; change one of them"
-            )
-        return self.train.global_batch // per_pass
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        lora, rates = self.model.lora, self.train.learning_rates
+        if lora is not None and rates["language_model"] is None:
+            raise ValueError("model.lora trains the language model, but its learning rate is null")
+        if lora is not None and lora.quantize != "none" and self.train.zero.stage == 3:
+            raise ValueError("model.lora.quantize goes with zero stage 2: stage 3 cannot split 4-bit weights")
+        return self
 
 
 def load_config(file: Path) -> RunConfig:
-    """Read a run's config. Raises: UserError, one line per problem."""
+    """Read a run's config; its own paths are relative to the working folder.
+
+    Raises: UserError, one line per problem.
+    """
     raw = load_yaml(file)
     if not isinstance(raw, dict):
         raise UserError(f"{file}: a config is a mapping with name, model and train")
@@ -106,23 +220,7 @@ def load_config(file: Path) -> RunConfig:
 def _in_our_words(problem: Any) -> str:
     place = ".".join(map(str, problem["loc"])) or "config"
     if problem["type"] == "extra_forbidden":
-        parts = (RunConfig, ModelConfig, TinyModel, TrainConfig)
+        parts = _Strict.__subclasses__()
         known = [name for part in parts for name in part.model_fields]
         return f"{place}: unknown key{did_you_mean(str(problem['loc'][-1]), known)}"
-    return f"{place}: {problem['msg'].removeprefix('Value error, ').lower()}"
-
-
-def deepspeed_json(config: RunConfig, num_ranks: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration: ZeRO stage 2, gradients and optimizer states split over the ranks."""
-    return {
-        "train_batch_size": config.train.global_batch,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": config.accumulation(num_ranks),
-        "gradient_clipping": config.train.max_grad_norm,
-        "bf16": {"enabled": config.train.precision == "bf16"},
-        "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
-        # torch's AdamW: DeepSpeed's own CPU Adam would be compiled first, for nothing at this size.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"

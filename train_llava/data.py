@@ -1,128 +1,224 @@
-"""Samples in training order, and batches with the answer's tokens supervised and nothing else."""
+"""Samples in training order, and batches with the answers' tokens supervised and nothing else."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice, repeat
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from convert.reader import ConversationReader
-from train_llava.processor import IGNORE, OneViewProcessor, open_frame
+from oxe_mix.errors import UserError
+from train_llava.augment import Augment, augment
+from train_llava.batch import BatchPlan
+from train_llava.llava_data import Conversation
+from train_llava.mixture import MixedOrder
+from train_llava.processor import IGNORE, OneViewProcessor, Size, View, open_frame
+from train_llava.sources import TrainingData
+
+NO_DIMENSION = -1  # of a supervised token that is no action's: a word, or the end of a turn
+_PROMPTS_KEPT = 4096  # a prompt with its frame is some 800 numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """One sample of the run's order: its position there, and where it is read."""
+
+    position: int
+    source: int
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One sample as ids and labels of the same length, and its views, uint8 [N, S, S, 3]."""
+    """One sample: ids, labels and the action dimensions of its labels, of one length; and its views."""
 
     ids: list[int]
     labels: list[int]
-    views: NDArray[np.uint8]
+    dimensions: list[int]
+    views: tuple[View, ...]
 
 
-class SampleDataset(Dataset[Tokens]):
-    """A reader's samples as tokens and views. A sample that cannot be had is an error: none is ever
-    swapped.
+class Tokenized:
+    """Conversations to ids and labels. A dimension is the number of a token in its action, 0 … A - 1."""
+
+    def __init__(self, processor: OneViewProcessor, action_dim: int) -> None:
+        self._processor, self._action_dim = processor, action_dim
+        self._prompt = lru_cache(_PROMPTS_KEPT)(processor.prompt_ids)
+
+    def __call__(
+        self, sample: Conversation, sizes: list[Size], *, is_robot: bool
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Ids, labels and dimensions. Raises: ValueError when the prompt does not fit the images."""
+        tokens = tuple(self._processor.num_view_tokens(size) for size in sizes)
+        if len(sample.turns) > 2:
+            ids, labels = self._processor.conversation_ids(sample.turns, tokens)
+        else:
+            (_, question), (_, answer) = sample.turns
+            prompt, answered = self._prompt(question, tokens), self._processor.answer_ids(answer)
+            ids, labels = prompt + answered, [IGNORE] * len(prompt) + answered
+        dimensions = [NO_DIMENSION] * len(ids)
+        if is_robot:
+            first = len(ids) - len(answered)
+            for i in range(len(answered) - 1):  # the last token ends the turn
+                dimensions[first + i] = i % self._action_dim
+        return ids, labels, dimensions
+
+
+class SampleDataset(Dataset["Tokens | UserError"]):
+    """The samples that draws name, as tokens and views. One that cannot be had comes as its error, which ends
+    the run: none is ever swapped or left out.
     """
 
-    def __init__(self, reader: ConversationReader, processor: OneViewProcessor, *, cache: bool) -> None:
-        self.reader = reader
-        self._processor = processor
-        self._prompts: dict[str, list[int]] = {}
-        self._cache: dict[int, Tokens] | None = {} if cache else None
+    def __init__(
+        self,
+        data: TrainingData,
+        processor: OneViewProcessor,
+        *,
+        cache: bool = False,
+        change: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        """`change`: how frames are augmented, each by a generator of the seed and the draw's position."""
+        self.data = data
+        self._processor, self._change, self._seed = processor, change, seed
+        self._tokenized = Tokenized(processor, data.codec.action_dim)
+        self._cache: dict[tuple[int, int], Tokens] | None = {} if cache else None
 
-    def __len__(self) -> int:
-        return len(self.reader)
+    def __getitem__(self, draw: Draw) -> Tokens | UserError:
+        """One sample, or the error that names it."""
+        try:
+            if self._cache is None:
+                return self.load(draw)
+            key = (draw.source, draw.index)
+            if key not in self._cache:
+                self._cache[key] = self.load(draw)
+            return self._cache[key]
+        except UserError as error:
+            return error
 
-    def __getitem__(self, index: int) -> Tokens:
+    def load(self, draw: Draw) -> Tokens:
         """One sample. Raises: UserError naming the sample whose frame or line is broken."""
-        if self._cache is None:
-            return self._load(index)
-        if index not in self._cache:
-            self._cache[index] = self._load(index)
-        return self._cache[index]
+        source = self.data.sources[draw.source]
+        sample = source.sample(draw.index)
+        rng = np.random.default_rng([self._seed, draw.position])
+        views = []
+        for frame in sample.images:
+            image = open_frame(frame)
+            views.append(
+                self._processor.view(image if self._change is None else augment(image, rng, self._change))
+            )
+        return Tokens(*self._ids(sample, [view.size for view in views], source.is_robot), tuple(views))
 
-    def token_counts(self, index: int) -> tuple[int, int]:
-        """Tokens of a sample's prompt and of its answer; its frames are not opened."""
-        sample = self.reader[index]
-        return len(self._prompt(sample.question)), len(self._processor.answer_ids(sample.answer))
+    def lengths(self, source: int, index: int) -> Lengths:
+        """Of a sample by its text alone; of its frames, at most the sizes are read.
 
-    def _prompt(self, question: str) -> list[int]:
-        if question not in self._prompts:
-            self._prompts[question] = self._processor.prompt_ids(question)
-        return self._prompts[question]
+        Raises: UserError naming a sample that is not usable.
+        """
+        own = self.data.sources[source]
+        sample = own.sample(index)
+        sizes = [_size(frame.read(), str(frame)) for frame in sample.images] if self._needs_sizes else []
+        sizes = sizes or [(0, 0)] * len(sample.images)
+        ids, labels, _ = self._ids(sample, sizes, own.is_robot)
+        supervised = sum(label != IGNORE for label in labels)
+        frames = sum(self._processor.num_view_tokens(size) for size in sizes)
+        answers = len(sample.turns) // 2
+        return Lengths(sample.id, len(ids), frames, supervised, supervised - answers)
 
-    def _load(self, index: int) -> Tokens:
-        sample = self.reader[index]
-        prompt, answer = self._prompt(sample.question), self._processor.answer_ids(sample.answer)
-        views = np.stack([self._processor.view(open_frame(frame)) for frame in sample.frames])
-        return Tokens([*prompt, *answer], [IGNORE] * len(prompt) + answer, views)
+    @property
+    def _needs_sizes(self) -> bool:
+        return self._processor.needs_sizes
+
+    def _ids(
+        self, sample: Conversation, sizes: list[Size], is_robot: bool
+    ) -> tuple[list[int], list[int], list[int]]:
+        try:
+            return self._tokenized(sample, sizes, is_robot=is_robot)
+        except ValueError as error:
+            raise UserError(f"{sample.id}: {error}") from error
 
 
-def collate(samples: list[Tokens], processor: OneViewProcessor) -> dict[str, Tensor]:
-    """A batch, padded at the end: input_ids, labels and attention_mask [B, L], pixel_values [N, 3, S, S]."""
-    length = max(len(sample.ids) for sample in samples)
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A sample's tokens: in all, of its frames, supervised, and supervised without the ends of turns."""
+
+    id: str
+    total: int
+    frames: int
+    supervised: int
+    learnt: int
+
+
+def _size(encoded: bytes, name: str) -> Size:
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            return image.height, image.width
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{name}: not an image that can be decoded ({error})") from error
+
+
+def collate(samples: list[Tokens | UserError], processor: OneViewProcessor) -> dict[str, Any]:
+    """A batch, padded at the end.
+
+    Returns: input_ids [B, L]; logits_at [K], the positions in the flattened batch whose next token is
+        supervised; targets and dimensions [K] of those; pixel_values and image_sizes where there are frames.
+        With a sample that is an error: {"error": its text} alone.
+    """
+    whole = [sample for sample in samples if isinstance(sample, Tokens)]
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return {"error": str(sample)}
+    length = max(len(sample.ids) for sample in whole)
     pad = int(processor.tokenizer.pad_token_id)
-    ids = [sample.ids + [pad] * (length - len(sample.ids)) for sample in samples]
-    labels = [sample.labels + [IGNORE] * (length - len(sample.labels)) for sample in samples]
-    mask = [[1] * len(sample.ids) + [0] * (length - len(sample.ids)) for sample in samples]
+    ids = _padded([sample.ids for sample in whole], length, pad)
+    labels = _padded([sample.labels for sample in whole], length, IGNORE)
+    dimensions = _padded([sample.dimensions for sample in whole], length, NO_DIMENSION)
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    frames = processor.frames(view for sample in whole for view in sample.views)
     return {
-        "input_ids": torch.tensor(ids),
-        "labels": torch.tensor(labels),
-        "attention_mask": torch.tensor(mask),
-        "pixel_values": torch.from_numpy(
-            processor.pixels(np.concatenate([sample.views for sample in samples]))
-        ),
+        "input_ids": ids,
+        "logits_at": rows * length + columns,
+        "targets": labels[rows, columns + 1],
+        "dimensions": dimensions[rows, columns + 1],
+        **{name: torch.from_numpy(value) for name, value in frames.items()},
     }
 
 
-class MixSampler(Sampler[int]):
-    """An epoch's order by index: as many draws as samples, P(dataset) proportional to weight x its samples.
+def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
-    Within a dataset no sample comes again before all others have come; with weight 1 everywhere an epoch is
-    one pass over everything. The order depends on the seed and the epoch alone.
+
+class RankBatches(Sampler[list[Draw]]):
+    """The micro batches of one rank over a whole run. All ranks together take the order's positions once, a
+    step's in any number of ranks and micro batches.
     """
 
-    def __init__(self, ranges: dict[str, range], weights: dict[str, float], seed: int) -> None:
-        self._ranges = {name: samples for name, samples in ranges.items() if len(samples)}
-        self._draws = _share_out(
-            sum(map(len, self._ranges.values())),
-            {name: weights[name] * len(samples) for name, samples in self._ranges.items()},
-        )
-        self._seed, self._epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer: another epoch, another order."""
-        self._epoch = epoch
+    def __init__(
+        self, order: MixedOrder, batch: BatchPlan, num_steps: int, rank: int, *, overfit: bool = False
+    ) -> None:
+        """`overfit`: every step takes the positions of the first."""
+        self._order, self._batch, self._num_steps, self._rank = order, batch, num_steps, rank
+        self._overfit = overfit
 
     def __len__(self) -> int:
-        return sum(self._draws.values())
+        """Micro batches, with those that a resumed run leaves out."""
+        return self._num_steps * self._batch.accumulate
 
-    def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng([self._seed, self._epoch])
-        picked = [_draw(samples, self._draws[name], rng) for name, samples in self._ranges.items()]
-        order: list[int] = rng.permutation(np.concatenate(picked)).tolist()
-        return iter(order)
+    def __iter__(self) -> Iterator[list[Draw]]:
+        passes = self._num_steps if self._overfit else 1
+        draws = chain.from_iterable(self._draws() for _ in repeat(None, passes))
+        while batch := list(islice(draws, self._batch.micro)):
+            yield batch
 
-
-def _draw(samples: range, draws: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """`draws` of the samples, in passes without replacement."""
-    passes = -(-draws // len(samples))
-    rounds = [rng.permutation(samples) for _ in range(passes)]
-    return np.concatenate([np.zeros(0, np.int64), *rounds])[:draws]
-
-
-def _share_out(total: int, parts: dict[str, float]) -> dict[str, int]:
-    """Whole numbers in proportion to `parts` that sum to `total`: the largest remainders get what rounding
-    leaves.
-    """
-    exact = {name: total * part / sum(parts.values()) for name, part in parts.items()}
-    whole = {name: int(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (whole[name] - exact[name], name))
-    for name in by_remainder[: total - sum(whole.values())]:
-        whole[name] += 1
-    return whole
+    def _draws(self) -> Iterator[Draw]:
+        stop = self._batch.samples * (1 if self._overfit else self._num_steps)
+        drawn = self._order.of_rank(self._rank, self._batch.num_ranks, 0, stop)
+        for i, (source, index) in enumerate(drawn):
+            yield Draw(self._rank + i * self._batch.num_ranks, source, index)

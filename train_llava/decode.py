@@ -4,7 +4,9 @@ KV cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from convert import action_codec
 from convert.action_codec import ActionCodec, Bins
-from train_llava.model import OneViewLlava, prove_action_tokens
-from train_llava.processor import OneViewProcessor
+from convert.prompt import IMAGE
+from train_llava.action_tokens import prove_action_tokens
+from train_llava.model import OneViewLlava
+from train_llava.processor import OneViewProcessor, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +42,32 @@ class ActionDecoder:
         self._model, self._processor, self._codec = model, processor, codec
         self._action_ids = torch.tensor(prove_action_tokens(processor.tokenizer), device=model.device)
 
-    def predict(self, questions: list[str], views: NDArray[np.uint8], unnorm_keys: list[str]) -> Prediction:
+    def predict(self, questions: list[str], views: Sequence[View], unnorm_keys: list[str]) -> Prediction:
         """Answer a batch of questions.
 
         Args:
             questions: human turns, each with its <image> markers.
-            views: uint8 [N, S, S, 3], all frames in order of the questions.
+            views: all frames in order of the questions.
             unnorm_keys: the dataset of each question: bins that its actions cannot have are not picked.
 
         Returns: greedy bins and their probabilities. Same bins alone as in a batch: prompts are padded on the
         left.
         """
-        ids, mask = self._left_padded([self._processor.prompt_ids(question) for question in questions])
-        pixels = torch.from_numpy(self._processor.pixels(views)).to(self._model.device)
+        left = iter(self._processor.num_view_tokens(view.size) for view in views)
+        prompts = [
+            self._processor.prompt_ids(question, list(islice(left, question.count(IMAGE))))
+            for question in questions
+        ]
+        ids, mask = self._left_padded(prompts)
+        frames = {
+            name: torch.from_numpy(value).to(self._model.device)
+            for name, value in self._processor.frames(views).items()
+        }
+        was_training = self._model.training
         self._model.eval()
         with torch.inference_mode():
-            picked, probabilities = self._greedy(ids, mask, pixels, self._possible(unnorm_keys))
+            picked, probabilities = self._greedy(ids, mask, frames, self._possible(unnorm_keys))
+        self._model.train(was_training)
         shape = (len(questions), self._codec.chunk, self._codec.action_dim)
         return Prediction(
             picked.numpy(force=True).reshape(shape), probabilities.numpy(force=True).reshape(shape)
@@ -67,11 +81,13 @@ class ActionDecoder:
         ]
         return torch.from_numpy(np.stack(steps)).to(self._model.device)
 
-    def _greedy(self, ids: Tensor, mask: Tensor, pixels: Tensor, possible: Tensor) -> tuple[Tensor, Tensor]:
+    def _greedy(
+        self, ids: Tensor, mask: Tensor, frames: dict[str, Tensor], possible: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Bins and probabilities, [B, A x H] each: one pass over the prompt, then one per further token."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         out = self._model.hidden_states(
-            ids, pixels, attention_mask=mask, position_ids=positions, use_cache=True
+            ids, **frames, attention_mask=mask, position_ids=positions, use_cache=True
         )
         bins: list[Tensor] = []
         probabilities: list[Tensor] = []
@@ -80,7 +96,6 @@ class ActionDecoder:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
                 out = self._model.hidden_states(
                     self._action_ids[bins[-1]][:, None],
-                    None,
                     attention_mask=mask,
                     position_ids=mask.sum(dim=1, keepdim=True) - 1,
                     past_key_values=out.past_key_values,

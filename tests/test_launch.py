@@ -1,0 +1,250 @@
+"""The launcher on real processes: a stand-in for the trainer where a model would only take time, the trainer
+where ranks must meet.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import PYTHON, ROOT
+from train_llava.config import CHECKPOINTS
+
+STAND_IN = "tests.stand_in_rank"
+
+
+def ended(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
+    """What it said, when it ended as expected."""
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def until(done: Callable[[], bool], seconds: float = 40) -> None:
+    limit = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.05)
+
+
+def processes(word: Path) -> list[int]:
+    """All whose command has this word."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(word) in (folder / "cmdline").read_bytes().decode().split("\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it ended meanwhile
+    return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where launchers are tried: a converted folder, and a config by whose name the stand-in behaves."""
+
+    folder: Path
+    llava: Path
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def config(self, how: str) -> Path:
+        file = self.folder / f"{how}.yaml"
+        text = yaml.safe_load((ROOT / "train_llava/configs/tiny-cpu.yaml").read_text())
+        small = {"max_steps": 3, "global_batch": 4, "micro_batch": 2}
+        file.write_text(yaml.safe_dump({**text, "name": how, "train": {**text["train"], **small}}))
+        return file
+
+    def words(self, how: str, run: Path) -> list[str]:
+        return ["--config", str(self.config(how)), "--llava", str(self.llava), "--run", str(run)]
+
+    def train(self, how: str, run: Path, *more: str, **variables: str) -> subprocess.Popen[str]:
+        """The stand-in, on two ranks."""
+        return self.start([PYTHON, "-m", STAND_IN, *self.words(how, run), "--nproc", "2", *more], **variables)
+
+    def start(self, command: list[str], **variables: str) -> subprocess.Popen[str]:
+        """In a group of its own, as a terminal starts a command."""
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        self.started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Leave no process behind, whatever failed."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+        for run in self.folder.glob("run*"):
+            for left in processes(run):
+                os.kill(left, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def place(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("launch")
+    place = Place(folder, llava)
+    yield place
+    place.end()
+
+
+def pid(run: Path, rank: int) -> int:
+    """Of a rank that is training."""
+    file = run / f"rank-{rank}.pid"
+    until(lambda: file.exists() and file.read_text().endswith("\n"))
+    return int(file.read_text())
+
+
+def test_ranks_end_as_they_end_and_the_launcher_says_it_in_one_line(place: Place) -> None:
+    ways = ("finishes", "refuses", "diverges", "crashes")
+    flags = ("--check-only", "--weights-only")
+    runs = {how: place.train(how, place.folder / f"run-{how}", *flags) for how in ways}
+    out, err = ended(runs["finishes"], 0)
+    assert out.splitlines()[-2:] == [
+        "batch: 4 (train.global_batch) = 2 (train.micro_batch) x 1 (worked out) x 2 ranks (NPROC x NNODES)",
+        "steps: 3",
+    ]
+    assert err == ""
+    words = (place.folder / "run-finishes/rank-1.words").read_text()
+    assert words == f"--llava {place.llava} --check-only --weights-only"
+    assert ended(runs["refuses"], 2)[1] == "error: x is wrong; mend it\n"
+    assert ended(runs["diverges"], 1)[1] == "error: the loss is nan\n"
+    err = ended(runs["crashes"], 1)[1]
+    assert err.count("Traceback") == 1
+    assert err.endswith(
+        "AssertionError: a bug of ours\n"
+        "error: rank 1 ended with exit code 1, its last words are above; no checkpoint was written yet\n"
+    )
+
+
+@dataclass(frozen=True)
+class Running:
+    """A training on two ranks that somebody is about to disturb."""
+
+    process: subprocess.Popen[str]
+    run: Path
+
+    @property
+    def agent(self) -> int:
+        """torchrun's process."""
+        return next(number for number in processes(self.run / CHECKPOINTS))
+
+    def rank(self, rank: int) -> int:
+        return pid(self.run, rank)
+
+    def save(self) -> None:
+        """Let saving, which lasts until then, be done."""
+        (self.run / "go").touch()
+
+    def times_told(self) -> list[str]:
+        return [(self.run / f"rank-{rank}.signals").read_text() for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def running(place: Place) -> dict[str, Running]:
+    """All at once: what takes time is torchrun's start."""
+    names = ("SIGTERM", "SIGINT", "launcher killed", "agent killed", "rank killed", "too slow", "at once")
+    found = {}
+    for name in names:
+        run, seconds = place.folder / f"run-{name}", "1" if name == "too slow" else "600"
+        found[name] = Running(place.train("trains", run, STOP_SECONDS=seconds), run)
+    for one in found.values():
+        assert one.rank(0) != one.rank(1)
+    return found
+
+
+def test_the_second_training_of_a_folder_is_refused(place: Place, running: dict[str, Running]) -> None:
+    second = place.train("trains", running["SIGTERM"].run)
+    assert "another training is writing here; wait for it" in ended(second, 2)[1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_all_of_the_terminal_has_the_ranks_save_and_end(
+    running: dict[str, Running], number: signal.Signals, code: int
+) -> None:
+    training = running[number.name]
+    os.killpg(training.process.pid, number)
+    time.sleep(0.3)
+    os.killpg(training.process.pid, signal.SIGTERM)  # clusters say it twice
+    time.sleep(0.3)
+    training.save()
+    out, err = ended(training.process, code)
+    assert out.splitlines()[-1] == "stopped at step 7, saved; the same command goes on from there"
+    assert err == ""
+    assert training.times_told() == ["1", "1"]
+    assert processes(training.run) == []
+
+
+def test_ranks_of_a_killed_launcher_save_end_and_keep_the_folder_meanwhile(
+    place: Place, running: dict[str, Running]
+) -> None:
+    training = running["launcher killed"]
+    training.process.kill()
+    early = place.train("finishes", training.run)
+    said = f"{training.run / CHECKPOINTS}: another training is writing here; wait for it"
+    assert said in ended(early, 2)[1]
+    training.save()
+    until(lambda: not processes(training.run), 20)
+    assert training.times_told() == ["1", "1"]
+
+
+def test_ranks_of_a_killed_agent_save_and_end(running: dict[str, Running]) -> None:
+    training = running["agent killed"]
+    os.kill(training.agent, signal.SIGKILL)
+    err = ended(training.process, 1)[1]
+    assert (
+        err
+        == "error: the process that starts the ranks was killed by SIGKILL; no checkpoint was written yet\n"
+    )
+    training.save()
+    until(lambda: not processes(training.run), 20)
+    assert training.times_told() == ["1", "1"]
+
+
+def test_a_killed_rank_is_named(running: dict[str, Running]) -> None:
+    training = running["rank killed"]
+    training.save()
+    os.kill(training.rank(1), signal.SIGKILL)
+    err = ended(training.process, 1)[1]
+    # The other rank was told to end, and saved.
+    assert (
+        err
+        == "error: rank 1 was killed by SIGKILL; the same command goes on from the last checkpoint, step-7\n"
+    )
+    assert processes(training.run) == []
+
+
+def test_ranks_that_take_too_long_to_save_are_ended(running: dict[str, Running]) -> None:
+    training = running["too slow"]
+    training.process.terminate()
+    out, err = ended(training.process, 143)
+    assert out.splitlines()[-1] == "stopping: saving first, for 1 s at most; another Ctrl-C ends at once"
+    assert err == "error: stopped, and nothing was saved; no checkpoint was written yet\n"
+    assert processes(training.run) == []
+
+
+def test_the_second_ctrl_c_ends_at_once(running: dict[str, Running]) -> None:
+    training = running["at once"]
+    for _ in range(2):
+        os.killpg(training.process.pid, signal.SIGINT)
+        time.sleep(0.5)
+    assert (
+        ended(training.process, 130)[1]
+        == "error: stopped, and nothing was saved; no checkpoint was written yet\n"
+    )
+    until(lambda: not processes(training.run), 5)

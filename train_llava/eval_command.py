@@ -1,0 +1,295 @@
+"""`oxe-mix eval`: how well a checkpoint answers the samples of any converted folder."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from convert.action_codec import CODEC_FILE, ActionCodec, read_codec
+from convert.manifest import MANIFEST_FILE, Manifest, read_manifest
+from convert.reader import ConversationReader
+from oxe_mix import __version__
+from oxe_mix.errors import UserError, did_you_mean
+from oxe_mix.files import read_json, read_model, write_json
+from oxe_mix.text import count, say, warn
+from train_llava.config import CHECKPOINTS, RunConfig, load_config
+
+if TYPE_CHECKING:
+    from train_llava.model import OneViewLlava
+    from train_llava.processor import OneViewProcessor
+
+_PARTS = {"val": "held-out sample", "train": "training sample"}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalOptions:
+    """What a user asked for."""
+
+    checkpoint: Path
+    data: Path
+    part: str
+    samples: int | None
+    batch: int
+    device: str | None
+    out: Path | None
+    only: tuple[str, ...]
+    unnorm_keys: tuple[str, ...]  # NAME=KEY each
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What was asked for, proved to fit together."""
+
+    options: EvalOptions
+    codec: ActionCodec  # of the checkpoint
+    measured: ActionCodec  # of the data
+    reader: ConversationReader
+    keys: dict[str, str]  # of the datasets that are scored, by their names
+    out: Path
+    config: RunConfig | None  # of the run that left the checkpoint
+
+    @property
+    def num_samples(self) -> int:
+        """To be scored."""
+        found = sum(len(self.reader.ranges[name]) for name in self.keys)
+        return min(found, self.options.samples or found)
+
+
+def run_eval(options: EvalOptions) -> int:
+    """Score a checkpoint on a converted folder, print the figures and write them as JSON.
+
+    Returns: the exit code.
+    Raises: UserError for what the user can mend.
+    """
+    start = time.monotonic()
+    task = _prove(options)
+    unit, step = _PARTS[options.part], _step(options.checkpoint)
+    named = str(options.checkpoint) if step is None else f"{options.checkpoint} (step {step:,})"
+    say(
+        f"{named} on {count(task.num_samples, unit)} of {count(len(task.keys), 'dataset')} "
+        f"in {options.data}, batches of {options.batch}"
+    )
+    report = _evaluate(task)
+    from train_llava.metrics import by_dataset, summary
+
+    seconds = round(time.monotonic() - start, 1)
+    write_json(task.out, _document(task, step) | {"seconds": seconds, "report": report})
+    say(f"{summary(report, unit)}\n\n{by_dataset(report)}\n")
+    say(f"{count(report['samples'], 'sample')} scored in {seconds} s")
+    say(f"result: {task.out}")
+    return 0
+
+
+def _prove(options: EvalOptions) -> _Task:
+    """Before the weights are read: do checkpoint, data and options go together?"""
+    if options.part not in _PARTS:
+        raise UserError(f"--part {options.part}: give val (held-out samples) or train")
+    folder = options.checkpoint
+    steps = sorted((folder / CHECKPOINTS).glob("step-*"), key=lambda step: (len(step.name), step.name))
+    if steps and not (folder / "config.json").exists():
+        raise UserError(f"{folder}: the run has not ended; give one of its checkpoints, as {steps[-1]}")
+    manifest = read_manifest(options.data)
+    codec, measured = read_codec(folder), read_codec(options.data)
+    _refuse_other_tokens(options, codec, measured)
+    reader = ConversationReader(options.data, cast(Literal["train", "val"], options.part))
+    keys = _keys(options, codec, measured, reader)
+    if options.part == "val":
+        warn("\n".join(_perhaps_trained_on(folder, manifest, list(keys))))
+    warn("\n".join(_other_statistics(codec, measured, keys)))
+    file = next(iter(_left_by_the_run(folder, "config.yaml")), None)
+    config = load_config(file) if file is not None else None
+    return _Task(options, codec, measured, reader, keys, _out(options), config)
+
+
+def _refuse_other_tokens(options: EvalOptions, codec: ActionCodec, measured: ActionCodec) -> None:
+    """A model can be asked only as it was trained to be, and answers only as it was."""
+    theirs = _tokens(measured)
+    for what, wanted in _tokens(codec).items():
+        if theirs[what] != wanted:
+            raise UserError(
+                f"{options.data}: {what} {theirs[what]}, but {options.checkpoint} was trained with {wanted}; "
+                "convert the data as it was converted for training"
+            )
+
+
+def _tokens(codec: ActionCodec) -> dict[str, str]:
+    """What questions and answers look like, in words."""
+    asking = codec.asking
+    return {
+        "actions of width": str(codec.action_dim),
+        "chunks of": str(codec.chunk),
+        "binning": codec.binning,
+        "cameras": ", ".join(asking.cameras),
+        "the robot's state in the prompt:": "yes" if asking.state else "no",
+        "prompt": repr(asking.template),
+    }
+
+
+def _keys(
+    options: EvalOptions, codec: ActionCodec, measured: ActionCodec, reader: ConversationReader
+) -> dict[str, str]:
+    """The datasets to score, and what the checkpoint calls them."""
+    found = [name for name, samples in reader.ranges.items() if samples]
+    if not found:
+        mend = (
+            "convert with --val-fraction, or use --part train" if options.part == "val" else "convert again"
+        )
+        raise UserError(f"{options.data}: holds no {_PARTS[options.part]}; {mend}")
+    told = dict(_mapped(word, list(reader.ranges), codec) for word in options.unnorm_keys)
+    for name in options.only:
+        if name not in found:
+            raise UserError(f"--only {name}: has no {_PARTS[options.part]}{did_you_mean(name, found)}")
+    keys = {name: told.get(name, name) for name in found if name in (options.only or found)}
+    strange = [name for name, key in keys.items() if key not in codec.datasets]
+    if strange:
+        raise UserError(
+            f"{options.checkpoint} does not know {', '.join(strange)}; choose others with --only, or say "
+            f"whose statistics it shall act with: --unnorm-key {strange[0]}=KEY, KEY one of "
+            f"{', '.join(sorted(codec.datasets))}"
+        )
+    for name, key in keys.items():
+        if measured.datasets[name].mask != codec.datasets[key].mask:
+            raise UserError(f"{name}: movements and gripper are not the dimensions that they are in {key}")
+    return keys
+
+
+def _mapped(word: str, names: list[str], codec: ActionCodec) -> tuple[str, str]:
+    name, _, key = word.partition("=")
+    if not key:
+        raise UserError(
+            f"--unnorm-key {word}: give NAME=KEY, a dataset of the data and one of the checkpoint"
+        )
+    if name not in names:
+        raise UserError(f"--unnorm-key {word}: the data has no {name}{did_you_mean(name, names)}")
+    if key not in codec.datasets:
+        known = list(codec.datasets)
+        raise UserError(f"--unnorm-key {word}: the checkpoint has no {key}{did_you_mean(key, known)}")
+    return name, key
+
+
+def _other_statistics(codec: ActionCodec, measured: ActionCodec, keys: dict[str, str]) -> list[str]:
+    return [
+        f"{name}: the data's statistics are not those that the checkpoint acts with; actions outside its "
+        "range count as errors in robot units"
+        for name, key in keys.items()
+        if measured.datasets[name] != codec.datasets[key]
+    ]
+
+
+def _perhaps_trained_on(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
+    """A seed and a share decide which episodes are held out, and a larger share holds the smaller one."""
+    said = []
+    for file in _left_by_the_run(folder, "data_*manifest.json"):
+        trained = read_model(Manifest, file, "the manifest of the data trained on")
+        held_out = trained.asked.val_fraction if trained.seed == manifest.seed else 0.0
+        shared = [dataset.name for dataset in trained.datasets if dataset.name in names]
+        if shared and held_out < manifest.asked.val_fraction:
+            said.append(
+                f"{', '.join(shared)}: by this data's seed training held out {held_out:.1%} of the episodes, "
+                f"the data {manifest.asked.val_fraction:.1%}: some of what is scored may have been trained on"
+            )
+    return said
+
+
+def _out(options: EvalOptions) -> Path:
+    """Where the report goes, and that it can; said now and not after the work."""
+    name = f"eval-{options.data.resolve().name}{'' if options.part == 'val' else '-train'}.json"
+    out = options.out or options.checkpoint / name
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out}: cannot be written there; choose another --out")
+    return out
+
+
+def _evaluate(task: _Task) -> dict[str, Any]:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from train_llava.evaluate import HeldOut, evaluate
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    options = task.options
+    model, processor = _load(task)
+    held_out = HeldOut(
+        reader=task.reader,
+        codec=task.measured,
+        seed=task.config.seed if task.config else 0,
+        samples=options.samples,
+        only=tuple(task.keys),
+        keys=task.keys,
+        batch=options.batch,
+    )
+    try:
+        return evaluate(model, processor, task.codec, held_out)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of the device's memory with batches of {options.batch}; give a smaller --batch"
+        ) from error
+
+
+def _load(task: _Task) -> tuple[OneViewLlava, OneViewProcessor]:
+    """The model, where it is to run, as precise as it was in training."""
+    import torch
+
+    from train_llava.loading import DTYPES, load_checkpoint
+
+    device = task.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        # torch says "not compiled with CUDA" with an AssertionError.
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    precision = task.config.train.precision if task.config else "fp32"
+    model, processor = load_checkpoint(task.options.checkpoint, DTYPES[precision])
+    torch.nn.Module.to(model, device)
+    return model, processor
+
+
+def _document(task: _Task, step: int | None) -> dict[str, Any]:
+    """What was scored, so that the figures can be traced to it."""
+    options, folder = task.options, task.options.checkpoint
+    asked = asdict(options)
+    weights = sorted(folder.glob("*.safetensors"))
+    return {
+        "oxe_mix": __version__,
+        "asked": {name: str(value) if isinstance(value, Path) else value for name, value in asked.items()},
+        "checkpoint": {
+            "step": step,
+            "codec_sha256": _sha256(folder / CODEC_FILE),
+            "weights_sha256": {file.name: _sha256(file) for file in weights},
+        },
+        "data": {"manifest_sha256": _sha256(options.data / MANIFEST_FILE), "unnorm_keys": task.keys},
+    }
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _left_by_the_run(folder: Path, pattern: str) -> list[Path]:
+    """Files beside a checkpoint's weights, else in the run above RUN/checkpoints/step-N."""
+    whole = folder.resolve()
+    above = whole.parent.parent if whole.parent.name == CHECKPOINTS else whole
+    return sorted(folder.glob(pattern)) or sorted(above.glob(pattern))
+
+
+def _step(checkpoint: Path) -> int | None:
+    """How many steps the checkpoint was trained, where that is written down."""
+    named = re.fullmatch(r"step-(\d+)", checkpoint.resolve().name)
+    if named:
+        return int(named[1])
+    report = checkpoint / "evaluation.json"
+    found = read_json(report, "the report of the training run").get("steps") if report.exists() else None
+    return found if isinstance(found, int) else None

@@ -1,0 +1,88 @@
+"""What a converted folder recorded, in the tokens of the codec that a model acts with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from convert.action_codec import ActionCodec, ActionStats, Bins, decode, encode, text_to_bins
+from convert.prompt import IMAGE
+from convert.reader import Sample
+from oxe_mix.errors import UserError
+from train_llava.metrics import Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One sample; bins are those of the model's codec."""
+
+    question: str
+    actions: Floats  # [H, A], robot units
+    target: Bins  # [H, A]
+    last: Bins | None  # [A], the action recorded before the first one; None at an episode's first sample
+
+
+class Translation:
+    """From one dataset of a converted folder to a model's codec.
+
+    Where both have the same statistics every bin stays as it is. Where not, what counts is the action in
+    robot units: the same one gets another bin.
+    """
+
+    def __init__(self, data: ActionCodec, name: str, codec: ActionCodec, key: str) -> None:
+        """`key`: what the model calls the dataset `name`. Raises: UserError when it knows no such one."""
+        self.measured: ActionStats = data.datasets[name]
+        self.key, self.own = codec.stats(key)
+        self._asking, self._binning, self._shape = (
+            codec.asking,
+            codec.binning,
+            (codec.chunk, codec.action_dim),
+        )
+        self._states = (data.states[name], codec.states[key]) if codec.asking.state else None
+
+    def recording(self, sample: Sample, before: Sample | None) -> Recording:
+        """A sample, with the one that stands before it in the folder.
+
+        Raises: UserError for a sample that is no question and answer of this codec.
+        """
+        try:
+            recorded = self._bins(sample)
+            return Recording(
+                question=self._question(sample.question),
+                actions=decode(recorded, self.measured, self._binning),
+                target=self._translated(recorded, self.measured, self.own),
+                last=self._last(sample, before),
+            )
+        except ValueError as error:
+            raise UserError(f"{sample.id}: {error}") from error
+
+    def _bins(self, sample: Sample) -> Bins:
+        bins = text_to_bins(sample.answer, self._shape[1])
+        if bins.shape != self._shape:
+            raise ValueError(f"an answer of {len(bins)} actions, not of {self._shape[0]}")
+        return bins
+
+    def _translated(self, bins: Bins, measured: ActionStats, own: ActionStats) -> Bins:
+        """Bins [T, W] of the folder's codec in the model's."""
+        # Not by way of robot units where both are the same: not every bin would come back as itself.
+        return bins if measured == own else encode(decode(bins, measured, self._binning), own, self._binning)
+
+    def _last(self, sample: Sample, before: Sample | None) -> Bins | None:
+        """The action right before a sample's first, as far as the sample before it tells."""
+        if before is None or before.episode != sample.episode:
+            return None
+        # A chunk goes on step by step, whatever the steps at which samples were taken.
+        reached = min(sample.step - before.step, self._shape[0])
+        last: Bins = self._translated(self._bins(before)[reached - 1 : reached], self.measured, self.own)[0]
+        return last
+
+    def _question(self, question: str) -> str:
+        """The question with the robot's state, where it holds one, in the bins that the model knows."""
+        if self._states is None or self._states[0] == self._states[1]:
+            return question
+        numbers = question.split("\n")[-2].rpartition(":")[2].split()
+        state = self._translated(np.array([numbers], np.int64), *self._states)[0]
+        return self._asking.question(
+            self._asking.instruction(question), question.count(IMAGE), state.tolist()
+        )
