@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from oxe_mix import __version__
+from oxe_mix.cli_models import app as models_app
 from oxe_mix.errors import UserError
 from oxe_mix.interrupt import end_at_once
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 mix_app = typer.Typer(no_args_is_help=True, help="Mixes: which datasets, and how much of each.")
 app.add_typer(mix_app, name="mix")
+app.add_typer(models_app)
 
 Mix = Annotated[Path, typer.Option(help="Mix file; a bare name is looked up in mixtures/.")]
 CardsFolder = Annotated[Path | None, typer.Option("--cards", help="Folder with your own dataset cards.")]
@@ -200,33 +202,6 @@ def pack(
     raise typer.Exit(run_pack(PackOptions(episodes=episodes, card=card, out=out, shard_mb=shard_mb)))
 
 
-@app.command("eval")
-def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Option(help="Folder that make train wrote, or one of its checkpoints.")
-    ],
-    data: Annotated[Path, typer.Option(help="Folder that convert wrote.")] = Path("llava"),
-    part: Annotated[str, typer.Option(help="val: held-out samples; or train.")] = "val",
-    samples: Annotated[int | None, typer.Option(min=1, help="So many, evenly spread; else all.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Samples in a forward pass.")] = 32,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; else cuda if there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The report; else CHECKPOINT/eval-DATA.json.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only this dataset. Again: another one.")] = None,
-    unnorm_key: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=KEY: on dataset NAME, act with the checkpoint's statistics of KEY."),
-    ] = None,
-) -> None:
-    """Score a checkpoint's actions on a converted folder, beside those of policies without eyes."""
-    from train_llava.eval_command import EvalOptions, run_eval
-
-    keys = tuple(unnorm_key or ())
-    options = EvalOptions(
-        checkpoint, data, part, samples, batch, device, out, tuple(only or ()), unnorm_keys=keys
-    )
-    raise typer.Exit(run_eval(options))
-
-
 @app.command()
 def synth(
     out: Annotated[Path, typer.Option(help="Folder for the bucket.")],
@@ -254,18 +229,6 @@ def synth(
 
     options = SynthOptions(out=out, mix=mix, episodes=episodes, shards=shards, seed=seed, workers=workers)
     raise typer.Exit(run_synth(options))
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Option(help="Run, or checkpoint of one, that was trained with LoRA.")],
-    out: Annotated[Path, typer.Option(help="Folder for the model; a new or an empty one.")],
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32 [default: the base's].")] = None,
-) -> None:
-    """Merge adapters into their base: a whole model that stock transformers loads, proved to be the same."""
-    from train_llava.export import run_export
-
-    raise typer.Exit(run_export(checkpoint, out, dtype))
 
 
 @app.command()

@@ -17,6 +17,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from transformers import SiglipVisionModel
 
 from convert.action_codec import (
     ActionCodec,
@@ -438,6 +439,21 @@ def test_the_command_says_what_training_said_of_the_same_data(
     found = json.loads((tmp_path / "out.json").read_text())
     close(found["report"], trained["held_out"])
     assert found["checkpoint"]["step"] == 12
+
+
+def test_the_command_asks_in_batches_of_the_size_it_was_given(
+    untrained: Path, llava: Path, tmp_path: Path
+) -> None:
+    sizes: list[int] = []
+
+    def note(module: torch.nn.Module, args: Any) -> None:
+        if isinstance(module, SiglipVisionModel):
+            sizes.append(len(args[0]))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(note)
+    run_eval(options(checkpoint=untrained, data=llava, samples=10, batch=4, out=tmp_path / "out.json"))
+    handle.remove()
+    assert sizes == [4] * 8 + [2] * 4  # each batch for answers and for the loss, with its frames and others
 
 
 def test_another_datasets_statistics_can_stand_in(

@@ -49,7 +49,7 @@ def write_run(folder: Path, *, tied: bool, steps: int = 20, dtype: torch.dtype =
     write_codec(out, CODEC)
     (out / "cards").mkdir()
     (out / "cards/viola.yaml").write_text("name: viola\n")
-    for name in ("config.yaml", "README.md", "evaluation.json", "data_manifest.json"):
+    for name in ("config.yaml", "evaluation.json", "data_manifest.json"):
         (out / name).write_text(f"{name} of the run\n")
     return out
 
@@ -89,7 +89,7 @@ def test_what_comes_out_is_a_whole_model_that_the_stock_classes_load(trained: Pa
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlavaOnevisionForConditionalGeneration"]
     names = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
-    kept = {"action_codec.json", "data_manifest.json", "cards/viola.yaml", "config.yaml", "README.md"}
+    kept = {"action_codec.json", "data_manifest.json", "cards/viola.yaml", "config.yaml"}
     assert kept | {"evaluation.json", "config.json", "model.safetensors", "processor_config.json"} <= names
     assert not any("adapter" in name or name.startswith(".") for name in names)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
@@ -262,7 +262,8 @@ def test_a_run_in_nf4_is_merged_into_the_base_as_it_is(
 def test_the_difference_to_a_run_in_nf4_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = write_base(tmp_path / "base", tied=False)
+    # Below 64 columns, its block, bitsandbytes is four times as coarse on a CPU.
+    base = write_base(tmp_path / "base", tied=False, hidden=64)
     model, processor = adapted(base, LoraConfig(rank=LORA.rank, alpha=LORA.alpha, quantize="nf4"))
     assert model.is_quantized
     losses = train(model, processor)

@@ -14,9 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from tests.conftest import PYTHON, ROOT
+from tests.conftest import run as run_command
+from train_llava.agent import _first_to_die
 from train_llava.config import CHECKPOINTS
+from train_llava.supervise import environment, num_gpus
 
 STAND_IN = "tests.stand_in_rank"
 
@@ -248,3 +252,86 @@ def test_the_second_ctrl_c_ends_at_once(running: dict[str, Running]) -> None:
         == "error: stopped, and nothing was saved; no checkpoint was written yet\n"
     )
     until(lambda: not processes(training.run), 5)
+
+
+def test_the_rank_that_died_first_is_the_one_that_is_named() -> None:
+    def died(rank: int, code: int, second: int) -> tuple[int, ProcessFailure]:
+        failure = ProcessFailure(rank, pid=1, exitcode=code, error_file="")
+        failure.timestamp = second
+        return rank, failure
+
+    def named(*failures: tuple[int, ProcessFailure]) -> int:
+        return min(failures, key=_first_to_die)[0]
+
+    assert named(died(0, -15, 5), died(1, 1, 5)) == 1  # 0 was ended for its sake
+    assert named(died(0, 1, 5), died(1, -9, 5)) == 1  # 0 missed it
+    assert named(died(0, -9, 35), died(1, 1, 5)) == 1  # 0 did not end in time
+    assert named(died(0, -15, 6), died(1, -15, 5)) == 1
+
+
+def test_what_cannot_be_is_refused_before_a_process_is_started(place: Place) -> None:
+    wrong = {
+        ("--nproc", "0"): "NPROC is 0; at least one process must train",
+        ("--nnodes", "2"): "NNODES is 2; name a free port of node 0, the same on all: MASTER=HOST:29500",
+        ("--nnodes", "0"): "NNODES is 0; at least one machine must train",
+        ("--node-rank", "1"): "NODE_RANK is 1; of NNODES=1 machines it is 0 or more",
+        ("--master", "host:port"): "MASTER=host:port: expected HOST:PORT, such as node1:29500",
+        (
+            "--llava",
+            "none",
+        ): "none: no manifest.json, so no finished conversion; run oxe-mix convert --out none",
+    }
+    run = place.folder / "run-wrong"
+    said = {words: place.train("finishes", run, *words) for words in wrong}
+    slow = place.train("finishes", run, STOP_SECONDS="1h")
+    for words, text in wrong.items():
+        assert ended(said[words], 2) == ("", f"error: {text}\n")
+    assert ended(slow, 2)[1] == "error: STOP_SECONDS=1h: not a number of seconds\n"
+    assert not run.exists()
+    run.mkdir()
+    (run / "config.json").touch()
+    assert "holds a trained model already; delete it or name" in ended(place.train("finishes", run), 2)[1]
+
+
+def test_gpus_are_counted_as_cuda_counts_them(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-2)'\n"
+    )
+    program.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert num_gpus() == 2
+    assert "DS_ACCELERATOR" not in environment(2)
+    for visible, gpus in (
+        ("1", 1),
+        ("0,1", 2),
+        ("", 0),
+        ("-1", 0),
+        ("0,-1,1", 1),
+        ("0,2,1", 1),
+        ("GPU-2", 1),
+    ):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert num_gpus() == gpus, visible
+    err = ended(place.train("finishes", tmp_path / "run", PATH=path, CUDA_VISIBLE_DEVICES="1"), 2)[1]
+    assert err == "error: NPROC is 2, but 1 GPU can be seen here; one rank takes one\n"
+    program.write_text(
+        "#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n"
+    )
+    assert num_gpus() == 0
+    assert environment(2)["DS_ACCELERATOR"] == "cpu"
+
+
+def test_make_passes_on_what_is_typed() -> None:
+    typed = ("CONFIG=c.yaml", "LLAVA=l", "RUN=r", "NPROC=8", "NNODES=2", "NODE_RANK=1", "MASTER=host0:29501")
+    flags = ("CHECK_ONLY=1", "OVERFIT=1", "WEIGHTS_ONLY=1", "HOSTFILE=hosts")
+    said = run_command("make", "-n", "train", *typed, *flags).stdout.replace("\\\n", " ")
+    assert " ".join(said.split("train_llava.launch ")[1].split()) == (
+        '--config "c.yaml" --nproc 8 --llava "l" --run "r" --hostfile "hosts" --nnodes "2" --node-rank "1" '
+        '--master "host0:29501" --check-only --overfit-batch --weights-only'
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging.handlers
 import re
 import shutil
 import threading
@@ -18,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionForConditionalGeneration, conversion_mapping
 
 from convert.action_codec import action_tokens
 from convert.prompt import question
@@ -74,6 +75,14 @@ def _edit(folder: Path, **fields: Any) -> None:
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process() -> None:
+    """What the library has been told of our class is forgotten: a test loads first, another saves first."""
+    conversion_mapping.USER_REGISTERED_MAPPINGS.discard("OneViewLlava")
+    told: Any = conversion_mapping._checkpoint_conversion_mapping_cache or {}
+    told.pop("OneViewLlava", None)
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def stock(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in transformers' layout with the old names, without action tokens."""
@@ -123,6 +132,9 @@ def test_gathered_weights_are_saved_in_place_of_the_models_own(tmp_path: Path) -
         for weight in model.parameters():
             weight.data.zero_()
         save_checkpoint(tmp_path / str(tied), model, processor, gathered)
+        stored = load_file(tmp_path / str(tied) / "model.safetensors")
+        assert "language_model.model.embed_tokens.weight" in stored
+        assert ("language_model.lm_head.weight" in stored) == (not tied)
         assert torch.equal(_logits(load_checkpoint(tmp_path / str(tied))[0], ids), before)
 
 
@@ -160,7 +172,6 @@ MISFITS: list[tuple[bool, Callable[[dict[str, Tensor]], object], str]] = [
 @pytest.mark.parametrize(("tied", "edit", "message"), MISFITS)
 def test_weights_that_do_not_fit_are_refused_in_one_line(
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
     tied: bool,
     edit: Callable[[dict[str, Tensor]], object],
     message: str,
@@ -170,10 +181,13 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(
     weights = {_old_name(n): w for n, w in _weights(model).items()}
     edit(weights)
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    said = logging.handlers.BufferingHandler(1000)
+    logging.getLogger("transformers").addHandler(said)
     with pytest.raises(UserError, match=message) as error:
         load_checkpoint(tmp_path)
+    logging.getLogger("transformers").removeHandler(said)
     assert "\n" not in str(error.value)
-    assert "LOAD REPORT" not in capfd.readouterr().err  # the library's own table would bury the line
+    assert not said.buffer  # the library's own table would bury the line
 
 
 def test_a_stored_head_that_is_the_embedding_is_tied(tmp_path: Path) -> None:

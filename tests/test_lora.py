@@ -43,10 +43,10 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
-def write_base(folder: Path, *, tied: bool, seed: int = 0) -> Path:
+def write_base(folder: Path, *, tied: bool, seed: int = 0, hidden: int = 32) -> Path:
     """A whole model without action tokens."""
     torch.manual_seed(seed)
-    model, processor = build_tiny(TinyModel(hidden_size=32, heads=2, text_layers=2), QUESTIONS)
+    model, processor = build_tiny(TinyModel(hidden_size=hidden, heads=2, text_layers=2), QUESTIONS)
     if tied:
         text_config: Any = model.config.text_config
         model.config.tie_word_embeddings = text_config.tie_word_embeddings = True

@@ -161,7 +161,8 @@ def test_activations_are_what_autograd_keeps(
     freeze(model, config)
     kept = _kept(model, 4, shapes.vision.num_patches + 41)
     got = kept_by_model(config, shapes, 4, Longest(shapes.vision.num_patches + 41))
-    assert got == pytest.approx(kept, rel=0.1)
+    # Eager attention keeps a little less where a part is frozen.
+    assert got == pytest.approx(kept, rel=0.03 if attention == "sdpa" else 0.1)
 
 
 @pytest.mark.parametrize("rates", [ALL, TEXT_ONLY, EYES_ONLY])
@@ -180,7 +181,7 @@ def test_with_checkpointing_each_layers_input_is_kept_and_one_layer_in_full(
     # The one layer that is calculated anew: a sixth of what the language model keeps without checkpointing.
     eyes = kept_by_model(_run(rates, {"precision": precision}), BIGGER, 4, Longest(0))
     got = kept_by_model(config, BIGGER, 4, longest)
-    assert got == pytest.approx(kept + (plain - eyes) / 6, rel=0.2)
+    assert got == pytest.approx(kept + (plain - eyes) / 6, rel=0.08)
     assert got < plain / 2
 
 

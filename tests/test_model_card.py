@@ -382,6 +382,7 @@ def _config(run: Path, **model: Any) -> None:
 def test_adapters_are_exported_before_stock_classes_load_them(run: Path) -> None:
     lora = {"rank": 32, "alpha": 64.0, "dropout": 0.0, "quantize": "nf4"}
     _config(run, tiny=None, path="llava-hf/base", lora=lora)
+    (run / "adapter_config.json").write_text("{}")
     text = _card(run)
     assert "LoRA of rank 32, alpha 64, over a language model frozen in 4 bits (nf4)" in text
     assert "oxe-mix export --checkpoint RUN --out MERGED" in text

@@ -105,10 +105,10 @@ def test_weights_that_are_missing_are_refused(checkpoint: Path, image: Path, tmp
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
     weights = load_file(broken / "model.safetensors")
-    del weights["lm_head.weight"]
+    del weights[next(name for name in weights if name.endswith("lm_head.weight"))]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     said = _act(broken, image, "--unnorm-key", "viola", code=2)
-    assert "weights do not fit the model; missing ['lm_head.weight']" in said
+    assert "the weights have no lm_head.weight" in said
     (broken / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:1000])
     assert "no LLaVA-OneVision that can be loaded" in _act(broken, image, "--unnorm-key", "viola", code=2)
 

@@ -12,6 +12,7 @@ from convert.finish import CARDS
 from convert.manifest import ConvertedDataset, Manifest
 from oxe_mix.cards import Card, load_card
 from oxe_mix.files import read_json, read_model
+from train_llava.base_record import ADAPTER_CONFIG
 from train_llava.config import METRICS_FILE, RunConfig, load_config
 from train_llava.metrics_log import read_metrics
 from train_llava.result import CONFIG_FILE, DATA_MANIFEST, REPORT_FILE, VERSIONS_FILE
@@ -32,6 +33,7 @@ class CardSource:
     cards: dict[str, Card]
     versions: dict[str, str]
     hashes: dict[str, str]  # SHA-256 of the manifests and the codec
+    is_whole: bool  # not adapters, whose base lies elsewhere
 
     @property
     def held_out(self) -> dict[str, Any] | None:
@@ -81,6 +83,7 @@ def read_source(run: Path) -> CardSource:
         cards={file.stem: load_card(file) for file in sorted((run / CARDS).glob("*.yaml"))},
         versions=_json(run / VERSIONS_FILE, "the versions that a run was made with") or {},
         hashes={file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in hashed},
+        is_whole=not (run / ADAPTER_CONFIG).exists(),
     )
 
 

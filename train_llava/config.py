@@ -16,6 +16,7 @@ from train_llava.augment import Augment
 
 # Files of a run that the launcher and the ranks both know.
 METRICS_FILE, OVERFIT_FILE, CHECKPOINTS = "metrics.jsonl", "overfit.jsonl", "checkpoints"
+CARD_FILE = "README.md"  # the last that a run writes
 ERROR_FILE, STOPPED_FILE, REHEARSAL = ".error.json", ".stopped.json", ".rehearsal-"
 
 Precision = Literal["fp32", "bf16"]
@@ -24,6 +25,13 @@ Part = Literal["vision_tower", "projector", "language_model"]
 PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
 Positive = Annotated[int, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0)]
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder holds a model that can act: a whole one, or adapters; each file is the last of its
+    kind to be written.
+    """
+    return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
 
 
 class _Strict(BaseModel):

@@ -17,7 +17,7 @@ from oxe_mix import __version__
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.files import read_json, read_model, write_json
 from oxe_mix.text import count, say, warn
-from train_llava.config import CHECKPOINTS, RunConfig, load_config
+from train_llava.config import CHECKPOINTS, RunConfig, holds_model, load_config
 
 if TYPE_CHECKING:
     from train_llava.model import OneViewLlava
@@ -91,7 +91,7 @@ def _prove(options: EvalOptions) -> _Task:
         raise UserError(f"--part {options.part}: give val (held-out samples) or train")
     folder = options.checkpoint
     steps = sorted((folder / CHECKPOINTS).glob("step-*"), key=lambda step: (len(step.name), step.name))
-    if steps and not (folder / "config.json").exists():
+    if steps and not holds_model(folder):
         raise UserError(f"{folder}: the run has not ended; give one of its checkpoints, as {steps[-1]}")
     manifest = read_manifest(options.data)
     codec, measured = read_codec(folder), read_codec(options.data)

@@ -27,9 +27,11 @@ from oxe_mix.files import BUSY_FILE, folder_lock
 from oxe_mix.text import complain, count, say, size
 from train_llava.action_tokens import prove_action_tokens
 from train_llava.base_record import ADAPTER_CONFIG, check_base, read_base_record, read_peft_record
+from train_llava.config import CARD_FILE
 from train_llava.loading import DTYPES, Precision, save_checkpoint
 from train_llava.lora import ADAPTER, EMBEDDING, HEAD, TrainedRows, load_adapter_run
 from train_llava.model import OneViewLlava
+from train_llava.model_card import write_card
 from train_llava.processor import OneViewProcessor
 
 # Of the largest logit. In fp32 only the order of sums differs; in bf16 each weight is rounded to 8 bits.
@@ -41,8 +43,7 @@ _OF_THE_RUN = (
     "cards",
     "config.yaml",
     "versions.json",
-    "README.md",
-    "curves.png",
+    "metrics.jsonl",
     "evaluation.json",
 )
 
@@ -165,6 +166,8 @@ def _export(checkpoint: Path, folder: Path, dtype: Precision) -> str:
     save_checkpoint(folder, model, processor)
     del model
     _copy_of_the_run(checkpoint, folder)
+    if (checkpoint / CARD_FILE).exists():  # a checkpoint has none
+        write_card(folder)
     agreement = probe.compare(of_adapters, probe.stock(folder))
     _require(agreement, dtype)
     lines = [

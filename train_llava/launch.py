@@ -17,7 +17,16 @@ from oxe_mix.files import folder_lock, read_json
 from oxe_mix.text import complain, count, say
 from train_llava.batch import num_steps, plan_batch
 from train_llava.checkpoints import Checkpoints, read_about
-from train_llava.config import CHECKPOINTS, ERROR_FILE, REHEARSAL, STOPPED_FILE, RunConfig, load_config
+from train_llava.config import (
+    CARD_FILE,
+    CHECKPOINTS,
+    ERROR_FILE,
+    REHEARSAL,
+    STOPPED_FILE,
+    RunConfig,
+    holds_model,
+    load_config,
+)
 from train_llava.hosts import read_hostfile, run_on_hosts
 from train_llava.nodes import met, wait_for, what_runs_here
 from train_llava.sources import open_data
@@ -27,8 +36,6 @@ _PORT = 29500
 _PROGRAM = "train_llava.train"  # the module that each rank runs
 _SEEN_S = 10.0
 _FLAGS = ("check-only", "overfit-batch", "weights-only")
-# Where a run is ready; written last.
-_FINISHED = "config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,8 @@ def launch(asked: Launch) -> int:
 def _check(asked: Launch, config: RunConfig) -> None:
     """Raises: UserError for what would not train."""
     cluster = asked.cluster
+    if cluster.num_nodes < 1:
+        raise UserError(f"NNODES is {cluster.num_nodes}; at least one machine must train")
     plan_batch(config, cluster.num_ranks)
     stop_seconds()
     if not 0 <= cluster.node < cluster.num_nodes:
@@ -92,10 +101,17 @@ def _check(asked: Launch, config: RunConfig) -> None:
         raise UserError(
             f"NPROC is {cluster.num_local}, but {count(gpus, 'GPU')} can be seen here; one rank takes one"
         )
-    if (asked.run / _FINISHED).exists():
+    if _is_finished(asked.run):
         raise UserError(
             f"{asked.run}: holds a trained model already; delete it or name another folder with RUN="
         )
+
+
+def _is_finished(run: Path) -> bool:
+    """Whether a run ended here, or another model lies here. One that was cut off while it was scored has
+    its checkpoints, and goes on to be scored.
+    """
+    return (run / CARD_FILE).exists() or (holds_model(run) and Checkpoints(run, keep=1).latest() is None)
 
 
 def _summary(asked: Launch, config: RunConfig) -> list[str]:
@@ -140,7 +156,7 @@ def _outcome(asked: Launch, ended: Ended) -> int:
         step = read_json(stopped, "the ranks' note")["step"]
         say(f"stopped at step {step}, saved; the same command goes on from there")
         return stop_code
-    if ended.code == 0 or (ended.asked and (asked.run / _FINISHED).exists()):
+    if ended.code == 0 or (ended.asked and _is_finished(asked.run)):
         return 0
     if "error" in ended.report:
         return _failed(ended.report["error"], 2)

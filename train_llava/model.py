@@ -17,6 +17,9 @@ class OneViewLlava(LlavaOnevisionForConditionalGeneration):
     The stock class knows a single view only beside other images, and fails with it for a batch of one.
     """
 
+    def enable_input_require_grads(self) -> None:
+        """Nothing: checkpointing that is not reentrant needs none, and a frozen tower would run backwards."""
+
     def frame_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> Tensor:
         """Patches [P, 3, S, S] to what stands in for the frames' tokens, [tokens, hidden], newlines included.
 

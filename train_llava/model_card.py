@@ -206,8 +206,7 @@ def _example(source: CardSource, codec: ActionCodec) -> tuple[str, str]:
 
 
 def _stock(source: CardSource) -> str:
-    lora = source.config is not None and source.config.model.lora is not None
-    folder = "MERGED" if lora else "RUN"
+    folder = "RUN" if source.is_whole else "MERGED"
     merge = (
         "These are adapters. `oxe-mix export --checkpoint RUN --out MERGED` makes one model of them and "
         "their base, which stock transformers loads:"
@@ -217,7 +216,7 @@ def _stock(source: CardSource) -> str:
         f'model = LlavaOnevisionForConditionalGeneration.from_pretrained("{folder}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
     ]
-    return f"{merge if lora else 'Stock transformers loads it, too:'}\n\n{block('python', lines)}"
+    return f"{'Stock transformers loads it, too:' if source.is_whole else merge}\n\n{block('python', lines)}"
 
 
 def _licences(source: CardSource) -> str:

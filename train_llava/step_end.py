@@ -74,6 +74,8 @@ class StepEnd(TrainerCallback):
         if report is None:
             return
         self._metrics.evaluated(step, report)
+        if report["l1"]["model"] is None:  # no dimension of the held-out actions moves
+            return
         l1, best = report["l1"]["model"], self._checkpoints.best()
         ranks.tell(f"step {step:,}  held-out L1 {l1:.4f}, mean action {report['l1']['mean_action']:.4f}")
         if best is None or l1 < best[1]:
