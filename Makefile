@@ -42,6 +42,7 @@ bench: setup
 	@$(BIN)/python -m benchmarks.transfer
 	@$(BIN)/python -m benchmarks.convert
 	@$(BIN)/python -m benchmarks.codecs
+	@$(BIN)/python -m benchmarks.loader_memory
 
 lint: setup
 	@$(BIN)/ruff format --check .

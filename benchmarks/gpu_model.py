@@ -1,6 +1,6 @@
 """LLaVA-OneVision in its true shapes with random weights, LoRA in a few lines, and the one-view loss.
 
-What `train_llava/model.py` trains, restated for a GPU machine that has torch and transformers alone. Three
+What `train_llava/model.py` trains, restated for a GPU machine that has torch and transformers alone. Some
 things differ, each exact: image features and supervised positions are placed by indices that the collator
 made (a mask makes the GPU wait for the CPU), and attention without a mask is offered, because a causal model
 never looks at the padding behind a sample.
@@ -224,7 +224,7 @@ def one_view_loss(model: Any, batch: Batch, *, mask: bool) -> Tensor:
     Args:
         batch: input_ids and attention_mask [B, L], padded at the end; pixel_values [B, 3, S, S]; image_at,
             supervised: places in the flattened batch; targets: the tokens supervised there.
-        mask: hand the attention mask over, as train_llava does; without it the result is the same.
+        mask: hand the attention mask over; without it, as train_llava does, the result is the same.
     """
     states = model.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states
     features = model.model.multi_modal_projector(states[-1])

@@ -7,8 +7,9 @@ Writes $OUT/gpu-train.json, or benchmarks/results/DATE-gpu-train.json, after eve
 --dry, all paths are run for two steps at tiny shapes on the CPU, and nothing is said to be measured.
 
 Ours: one 384 view a frame, logits at supervised positions, gradient checkpointing only when no batch fits
-without, AdamW on fp32 masters of bf16 weights. "sdpa" passes the padding mask, as train_llava does; "best"
-leaves it out and prefers the attention kernel that was fastest beforehand; "compiled" compiles layers too.
+without, AdamW on fp32 masters of bf16 weights. "sdpa" passes the padding mask; "best" leaves
+it out, as train_llava does, and prefers the attention kernel that was fastest beforehand; "compiled" compiles
+layers too.
 Stock: transformers' Trainer, default collator, anyres_max_9, logits everywhere, gradient checkpointing as in
 LLaVA-NeXT's recipe; "tuned" goes without it. Its fused AdamW keeps bf16 states, and it has our LoRA layers:
 both make it faster than a stock set-up is. Every run takes the largest batch of its list that fits.

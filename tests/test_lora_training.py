@@ -78,7 +78,7 @@ def test_what_was_exported_is_scored_and_acts_as_the_adapters_do(
     for folder in (adapters, merged):
         report = tmp_path / f"{folder.name}.json"
         run(OXE_MIX, "eval", "--checkpoint", folder, "--data", llava, "--samples", "16", "--out", report)
-        scores.append(json.loads(report.read_text())["loss"]["model"])
+        scores.append(json.loads(report.read_text())["report"]["loss"]["model"])
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
     image = next((llava / "images/viola").rglob("*.jpg"))
     words = ("--image", image, "--instruction", "Pick up the red block", "--unnorm-key", "viola")

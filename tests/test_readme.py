@@ -43,6 +43,8 @@ def test_the_readme_shows_only_commands_that_are_run_here() -> None:
         ["oxe-mix", "verify"],
         ["oxe-mix", "convert"],
         ["oxe-mix", "check"],
+        ["make", "train"],
+        ["oxe-mix", "eval"],
         ["oxe-mix", "convert"],
     ]
 
@@ -74,7 +76,7 @@ def _run_shown(command: str, folder: Path, *more: str) -> str:
 
 def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, bucket26: Path) -> None:
     _, _, download, convert, train, act, list_all, show, check, dry_run, *others = _commands()
-    with_budget, verify, to_tars, check_tars, _ = others
+    with_budget, verify, to_tars, check_tars, check_only, score, _ = others
     assert "66 datasets" in _run_shown(list_all, workplace)
     assert "filter_success" in _run_shown(show, workplace)
     assert "fmb" in _run_shown(check, workplace)
@@ -88,6 +90,8 @@ def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, 
     assert "0 problems" in _run_shown(check_tars, workplace)
     _run_shown(convert, workplace)
     _run_shown(train, workplace)
+    assert "checked; nothing was trained" in _run_shown(check_only, workplace)
+    assert "result: runs/first/eval-llava.json" in _run_shown(score, workplace)
     record = json.loads(_run_shown(act, workplace))
     assert record["unnorm_key"] == "bridge_orig"
     assert len(record["actions"][0]) == 7
