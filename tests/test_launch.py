@@ -185,9 +185,12 @@ def test_a_signal_to_all_of_the_terminal_has_the_ranks_save_and_end(
     running: dict[str, Running], number: signal.Signals, code: int
 ) -> None:
     training = running[number.name]
+    agent = training.agent
     os.killpg(training.process.pid, number)
-    time.sleep(0.3)
-    os.killpg(training.process.pid, signal.SIGTERM)  # clusters say it twice
+    for _ in range(2):  # clusters say it to each process, and say it again
+        time.sleep(0.3)
+        os.killpg(training.process.pid, signal.SIGTERM)
+        os.kill(agent, signal.SIGTERM)
     time.sleep(0.3)
     training.save()
     out, err = ended(training.process, code)

@@ -20,6 +20,7 @@ from train_llava.decode import ActionDecoder
 from train_llava.loading import load_checkpoint, load_or_build, save_checkpoint
 from train_llava.model import OneViewLlava
 from train_llava.processor import OneViewProcessor, View
+from train_llava.trainer import compile_layers
 
 QUESTIONS = [question(f"pick up the {color} block") for color in ("red", "green", "blue", "yellow")]
 STATS = action_stats(
@@ -250,3 +251,20 @@ def test_alone_and_in_a_batch_with_longer_prompts_the_bins_are_the_same(
         alone = decoder.predict([one], views[i : i + 1], ["viola"])
         assert (alone.bins[0] == together.bins[i]).all()
         assert np.abs(alone.probabilities[0] - together.probabilities[i]).max() < 1e-5
+
+
+def test_compiled_layer_by_layer_it_is_the_same_model() -> None:
+    config = ModelConfig(tiny=TinyModel(hidden_size=32, text_layers=1, vision_layers=1, heads=2))
+    model, processor, _ = load_or_build(config, QUESTIONS, seed=0)
+    ids, pixels = torch.tensor([processor.prompt_ids(QUESTIONS[0], [17])]), _pixels(processor, _views(1))
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model.train()(ids, pixels).logits.square().mean().backward()
+        return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    names, before = list(model.state_dict()), gradients()
+    compile_layers(model)
+    assert list(model.state_dict()) == names
+    for ours, theirs in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)

@@ -123,16 +123,26 @@ def test_with_other_ranks_only_the_weights_go_on_and_only_when_asked(
     assert [line[3] for line in course] == [line[3] for line in undisturbed]
 
 
-def test_another_config_or_other_data_does_not_go_on(
+def test_sigterm_saves_and_ends_and_the_next_start_goes_on(
     checkpoint: Path, llava: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
+    # Frames that workers decode are those that one process would have.
+    config = _changed(tiny_config, tmp_path, data={"cache_frames": False, "workers": 1})
     out = tmp_path / "run"
-    (out / "checkpoints").mkdir(parents=True)
-    shutil.copytree(checkpoint / "checkpoints/step-10", out / "checkpoints/step-10")
-    config = _changed(tiny_config, tmp_path, train={"warmup_ratio": 0.5})
-    said = run(*_command(config, llava, out, 2), code=2).stderr
-    assert "train.warmup_ratio was 0.03, and is 0.5; set it back" in said
-    assert said.count("error: ") == 1
+    command = _command(config, llava, out, 2)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 143
+    assert "saved; the same command goes on from there" in said
+    assert not (out / "README.md").exists()
+    run(*command)
+    assert _course(out) == _course(checkpoint)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_the_weights_change(
@@ -201,11 +211,13 @@ def test_bf16_with_workers_augmentation_more_data_and_the_best_checkpoint(
         train={"precision": "bf16", "micro_batch": 1, "global_batch": 8, "max_steps": 6},
         checkpoints={"every": 4, "keep": 1},
         evaluation={"every": 3, "samples": 8},
+        logging={"every": 1, "to": ["tensorboard"]},
     )
     out = tmp_path / "run"
     run(*_command(config, llava, out, 2))
     lines = _lines(out)
     assert lines[0]["shares"]["chat"] > 0
+    assert list((out / "tensorboard").glob("events.out.*"))
     evaluations = {line["step"]: line["evaluation"]["l1"]["model"] for line in lines if "evaluation" in line}
     assert list(evaluations) == [3, 6]
     best = min(evaluations, key=lambda step: (evaluations[step], step))
@@ -215,6 +227,12 @@ def test_bf16_with_workers_augmentation_more_data_and_the_best_checkpoint(
     from safetensors.torch import load_file
 
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_logger_that_is_not_installed_is_one_line(llava: Path, tiny_config: Path, tmp_path: Path) -> None:
+    config = _changed(tiny_config, tmp_path, logging={"to": ["wandb"]})
+    said = run(*_command(config, llava, tmp_path / "run", 1), code=2).stderr
+    assert said == "error: logging.to: wandb is not installed; pip install 'oxe-mix[logging]'\n"
 
 
 def test_under_zero_3_the_losses_are_the_same_and_the_whole_model_is_saved(

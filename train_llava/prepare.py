@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def prepare(options: Options) -> Prepared:
     Raises: UserError for what the user can mend.
     """
     config = load_config(options.config)
+    _prove_loggers(config)
     set_seed(config.seed)
     batch = plan_batch(config, ranks.num_ranks())
     with ranks.first_rank_first():
@@ -84,8 +86,7 @@ def prepare(options: Options) -> Prepared:
     if options.overfit_batch:
         batch = dataclasses.replace(batch, accumulate=1, accumulate_is_given=True)
         steps = min(steps, _OVERFIT_STEPS)
-    ranks.tell(f"batch: {batch}")
-    ranks.tell(f"steps: {steps:,}; an epoch is {len(data.order):,} draws: {_shares(data)}")
+    ranks.tell(f"an epoch is {count(len(data.order), 'draw')}: {_shares(data)}")
     about = About(
         step=0,
         config=config.model_dump(mode="json"),
@@ -105,6 +106,12 @@ def prepare(options: Options) -> Prepared:
     prepared = Prepared(options, config, data, batch, steps, goes_on, about, model, processor, dataset)
     _prove(prepared)
     return prepared
+
+
+def _prove_loggers(config: RunConfig) -> None:
+    for name in config.logging.to:
+        if find_spec(name) is None:
+            raise UserError(f"logging.to: {name} is not installed; pip install 'oxe-mix[logging]'")
 
 
 def _shares(data: TrainingData) -> str:

@@ -115,7 +115,7 @@ def stop_at_end_of_input() -> None:
         with os.fdopen(os.dup(0), "rb", buffering=0) as stream:
             while line := stream.readline():
                 os.kill(os.getpid(), signal.SIGINT if line == b"now\n" else signal.SIGTERM)
-        pass
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=follow, daemon=True).start()
 

@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import multiprocessing
 import os
 import shlex
+import signal
 import sys
 import time
 from functools import partial
@@ -23,6 +26,7 @@ from oxe_mix.files import write_json
 from oxe_mix.text import count, duration
 from train_llava import ranks
 from train_llava.action_tokens import prove_action_tokens
+from train_llava.agent import end_with_parent
 from train_llava.checkpoints import RESUME, Checkpoints, read_about
 from train_llava.config import ERROR_FILE, METRICS_FILE, OVERFIT_FILE, RunConfig, load_config
 from train_llava.data import RankBatches
@@ -141,6 +145,7 @@ def _report(prepared: Prepared, trainer: MixTrainer, seconds: float) -> dict[str
 
 def main() -> None:
     """The entry point of each rank."""
+    end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--llava", type=Path, required=True)
@@ -152,6 +157,10 @@ def main() -> None:
     options = Options(
         args.config, args.llava, args.into, args.check_only, args.overfit_batch, args.weights_only
     )
+    # The Trainer tells accelerate of no accumulation and DeepSpeed of ours; accelerate warns, and takes
+    # DeepSpeed's, as it should.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.into / "tensorboard"))
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     ranks.join()
@@ -167,6 +176,15 @@ def main() -> None:
         _end(options.run, str(error), code=2)
     except torch.OutOfMemoryError as error:
         _end(options.run, f"out of GPU memory ({error}); {oom_advice(load_config(args.config))}", code=1)
+    finally:
+        _end_workers()
+
+
+def _end_workers() -> None:
+    """Those that read data, which do not end on SIGTERM; and no complaint that they are gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _end(run: Path, text: str, code: int) -> None:

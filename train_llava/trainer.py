@@ -5,6 +5,7 @@ are whole or absent.
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -146,6 +147,7 @@ class MixTrainer(Trainer):
             batch_sampler=self.work.batches,
             collate_fn=self.data_collator,
             num_workers=workers,
+            worker_init_fn=_leave_to_the_rank,
             prefetch_factor=4 if workers else None,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -271,6 +273,11 @@ class MixTrainer(Trainer):
             self.checkpoints.publish(step, self.best)
         ranks.wait()
         self.best = None
+
+
+def _leave_to_the_rank(_: int) -> None:
+    """In a worker: SIGTERM goes to the rank's whole group, and the rank needs its data until it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def compile_layers(model: OneViewLlava) -> None:
