@@ -33,7 +33,7 @@ rm -f .venv/.ready
 "$python" -m venv .venv
 # torch first and alone: asked for later, by a package that only wants some torch, another build could be chosen.
 .venv/bin/python -m pip install --quiet --constraint "$constraints" torch
-.venv/bin/python -m pip install --quiet --constraint "$constraints" --editable ".[train,serve,lora,tf,dev]"
+.venv/bin/python -m pip install --quiet --constraint "$constraints" --editable ".[train,serve,lora,qlora,tf,dev]"
 .venv/bin/python -m pip check
 echo "$constraints" >.venv/.constraints
 echo "$want" >.venv/.ready

@@ -354,8 +354,8 @@ def test_nothing_is_quantised_unless_asked() -> None:
     assert quantization(None, torch.bfloat16) is quantization(LORA, torch.bfloat16) is None
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
-def test_nf4_without_bitsandbytes_is_refused() -> None:
+def test_nf4_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train_llava.lora.find_spec", lambda _: None)
     with pytest.raises(
         UserError, match=r"^model\.lora\.quantize: nf4 needs bitsandbytes, which is not there"
     ):

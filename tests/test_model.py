@@ -253,6 +253,7 @@ def test_alone_and_in_a_batch_with_longer_prompts_the_bins_are_the_same(
         assert np.abs(alone.probabilities[0] - together.probabilities[i]).max() < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 def test_compiled_layer_by_layer_it_is_the_same_model() -> None:
     config = ModelConfig(tiny=TinyModel(hidden_size=32, text_layers=1, vision_layers=1, heads=2))
     model, processor, _ = load_or_build(config, QUESTIONS, seed=0)
