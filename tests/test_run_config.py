@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from oxe_mix.errors import UserError
 from tests.conftest import ROOT
 from train_llava.batch import deepspeed_json, num_steps, plan_batch
-from train_llava.config import RunConfig, load_config
+from train_llava.config import DataConfig, RunConfig, load_config
 
 CONFIGS = ROOT / "train_llava/configs"
 TINY = (CONFIGS / "tiny-cpu.yaml").read_text()
@@ -109,3 +110,11 @@ def test_a_run_that_trains_nothing_is_refused() -> None:
     frozen = {"vision_tower": None, "projector": None, "language_model": None}
     with pytest.raises(ValueError, match="all parts are frozen"):
         _config(train={"learning_rates": frozen})
+
+
+def test_the_sources_that_the_page_shows_are_a_config() -> None:
+    page = (ROOT / "docs/train.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    data = DataConfig.model_validate(yaml.safe_load(block)["data"])
+    assert [source.name for source in data.sources] == ["more_robots", "chat"]
+    assert data.augment is not None

@@ -111,15 +111,14 @@ def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def mean_loss(file: Path) -> float:
-    """Over all steps of a run, however often it was started; NaN when nothing was logged."""
-    total = steps = before = 0.0
+def mean_and_last_loss(file: Path) -> tuple[float, float]:
+    """Of a run, however often it was started: over all its steps, and of its last line; NaN for none."""
+    total, steps, last = 0.0, 0, math.nan
     for line in read_metrics(file):
         if "loss" in line:
-            total += line["loss"] * (line["step"] - before)
-            steps += line["step"] - before
-            before = line["step"]
-    return total / steps if steps else math.nan
+            total, last = total + line["loss"] * (line["step"] - steps), line["loss"]
+            steps = line["step"]
+    return (total / steps if steps else math.nan), last
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -34,7 +34,7 @@ from train_llava.evaluate import HeldOut, evaluate
 from train_llava.loss import AnswerLoss
 from train_llava.memory import oom_advice
 from train_llava.metrics import summary
-from train_llava.metrics_log import Metrics, mean_loss
+from train_llava.metrics_log import Metrics, mean_and_last_loss
 from train_llava.model_card import write_card
 from train_llava.overfit import learnt_share, verdict
 from train_llava.prepare import Options, Prepared, prepare
@@ -129,6 +129,7 @@ def _held_out(prepared: Prepared, samples: int) -> dict[str, Any] | None:
 
 def _report(prepared: Prepared, trainer: MixTrainer, seconds: float) -> dict[str, Any]:
     """What is known of the run beside its scores."""
+    mean, last = mean_and_last_loss(prepared.options.run / METRICS_FILE)
     return {
         "config": prepared.config.model_dump(mode="json"),
         "ranks": ranks.num_ranks(),
@@ -138,8 +139,8 @@ def _report(prepared: Prepared, trainer: MixTrainer, seconds: float) -> dict[str
         "steps": prepared.num_steps,
         "global_batch": prepared.batch.samples,
         "samples": len(prepared.data.order),
-        "mean_loss": mean_loss(prepared.options.run / METRICS_FILE),
-        "final_loss": trainer.last_loss,
+        "mean_loss": mean,
+        "final_loss": last,
     }
 
 
