@@ -176,7 +176,8 @@ def main() -> None:
     except UserError as error:
         _end(options.run, str(error), code=2)
     except torch.OutOfMemoryError as error:
-        _end(options.run, f"out of GPU memory ({error}); {oom_advice(load_config(args.config))}", code=1)
+        what = str(error).split(". ")[0]
+        _end(options.run, f"{what}; {oom_advice(load_config(args.config))}", code=1)
     finally:
         _end_workers()
 
