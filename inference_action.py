@@ -52,13 +52,13 @@ def act(
         raise UserError(f"--instruction: {error}") from error
 
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from train_llava.decode import ActionDecoder, action_record
     from train_llava.loading import load_checkpoint
     from train_llava.processor import open_image
+    from train_llava.quiet import quiet_libraries
 
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     frame = open_image(image)
     model, processor = load_checkpoint(checkpoint)
     try:

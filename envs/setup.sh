@@ -25,7 +25,6 @@ if [ -z "$python" ]; then
     echo "error: no Python 3.11 or 3.12 found; install one, or name it: make setup PYTHON=/path/to/python3.11" >&2
     exit 2
 fi
-command -v c++ >/dev/null || echo "warning: no C++ compiler; DeepSpeed needs one for make train (Debian: apt-get install g++)" >&2
 
 echo "setting up .venv with $("$python" --version) and $constraints"
 rm -f .venv/.ready

@@ -213,12 +213,11 @@ def _out(options: EvalOptions) -> Path:
 
 def _evaluate(task: _Task) -> dict[str, Any]:
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from train_llava.evaluate import HeldOut, evaluate
+    from train_llava.quiet import quiet_libraries
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     options = task.options
     model, processor = _load(task)
     held_out = HeldOut(

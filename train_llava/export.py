@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
-from transformers.utils import logging as transformers_logging
 
 from convert.action_codec import CODEC_FILE, NUM_BINS, read_codec
 from convert.prompt import IMAGE, question
@@ -33,6 +32,7 @@ from train_llava.lora import ADAPTER, EMBEDDING, HEAD, TrainedRows, load_adapter
 from train_llava.model import OneViewLlava
 from train_llava.model_card import write_card
 from train_llava.processor import OneViewProcessor
+from train_llava.quiet import quiet_libraries
 
 # Of the largest logit. In fp32 only the order of sums differs; in bf16 each weight is rounded to 8 bits.
 _LIMITS: dict[Precision, float] = {"fp32": 1e-4, "bf16": 5e-2}
@@ -89,9 +89,7 @@ def run_export(checkpoint: Path, out: Path, dtype: str | None = None) -> int:
     about = read_peft_record(checkpoint)
     base = check_base(checkpoint, about, read_base_record(checkpoint))
     wanted = next((name for name in DTYPES if name == dtype), None) or _dtype_of(base)
-    transformers_logging.disable_progress_bar()
-    # transformers imports DeepSpeed to save a model, and where there is no GPU that says so on stdout.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    quiet_libraries()
     say(f"asked: {checkpoint} merged into {about.base_model_name_or_path}, weights in {wanted}")
     try:
         with _whole_or_absent(out) as partial:

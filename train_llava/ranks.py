@@ -42,6 +42,9 @@ def join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # DeepSpeed would compile an all-reduce of its own for CPUs, in a cache of torch's whose lock is a plain
+    # file: a rank killed meanwhile leaves it behind, and every later run on the machine waits for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=_LONGEST_WAIT, verbose=False)
     # What the ranks agree on is on the CPU: to ask a GPU would be to wait for all that it still has to do.
     _agreeing["cpu"] = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)

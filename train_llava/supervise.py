@@ -131,8 +131,6 @@ def stop_seconds() -> int:
 def environment(num_local: int) -> dict[str, str]:
     """The environment variables of the ranks on this machine."""
     variables = dict(os.environ)
-    # DeepSpeed compiles its shared-memory op on the first run and looks for ninja on the PATH.
-    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])
     # A file that happens to lie in the user's folder must not stand in for a package.
     variables["PYTHONSAFEPATH"] = "1"
     # torch 2.13 warns, in every run, of what DeepSpeed 0.19 calls.

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import multiprocessing
 import os
 import shlex
@@ -18,7 +17,6 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback
-from transformers.utils import logging as transformers_logging
 
 from convert.reader import ConversationReader
 from oxe_mix.errors import UserError
@@ -38,6 +36,7 @@ from train_llava.metrics_log import Metrics, mean_and_last_loss
 from train_llava.model_card import write_card
 from train_llava.overfit import learnt_share, verdict
 from train_llava.prepare import Options, Prepared, prepare
+from train_llava.quiet import quiet_libraries
 from train_llava.result import REPORT_FILE, publish
 from train_llava.step_end import StepEnd, Stopping
 from train_llava.trainer import MixTrainer, NoLossError, Work, arguments, compile_layers
@@ -158,12 +157,8 @@ def main() -> None:
     options = Options(
         args.config, args.llava, args.into, args.check_only, args.overfit_batch, args.weights_only
     )
-    # The Trainer tells accelerate of no accumulation and DeepSpeed of ours; accelerate warns, and takes
-    # DeepSpeed's, as it should.
-    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.into / "tensorboard"))
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     ranks.join()
     try:
         prepared = prepare(options)
