@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from oxe_mix import __version__
+from oxe_mix.cli_acting import app as acting_app
 from oxe_mix.cli_models import app as models_app
 from oxe_mix.errors import UserError
 from oxe_mix.interrupt import end_at_once
@@ -28,6 +29,7 @@ app = typer.Typer(
 mix_app = typer.Typer(no_args_is_help=True, help="Mixes: which datasets, and how much of each.")
 app.add_typer(mix_app, name="mix")
 app.add_typer(models_app)
+app.add_typer(acting_app)
 
 Mix = Annotated[Path, typer.Option(help="Mix file; a bare name is looked up in mixtures/.")]
 CardsFolder = Annotated[Path | None, typer.Option("--cards", help="Folder with your own dataset cards.")]
@@ -264,11 +266,16 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main() -> None:
     """Run the command; a mistake of the user's is one line and exit 2, a bug of ours keeps its traceback."""
+    run_app(app)
+
+
+def run_app(commands: typer.Typer) -> None:
+    """The same for other commands than `oxe-mix`."""
     _set_up_logging()
     signal.signal(signal.SIGINT, end_at_once)
     try:
         _refuse_empty(sys.argv[1:])
-        app()
+        commands()
     except UserError as error:
         from oxe_mix.text import complain
 

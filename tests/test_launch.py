@@ -339,7 +339,9 @@ def test_gpus_are_counted_as_cuda_counts_them(
 def test_make_passes_on_what_is_typed() -> None:
     typed = ("CONFIG=c.yaml", "LLAVA=l", "RUN=r", "NPROC=8", "NNODES=2", "NODE_RANK=1", "MASTER=host0:29501")
     flags = ("CHECK_ONLY=1", "OVERFIT=1", "WEIGHTS_ONLY=1", "HOSTFILE=hosts")
-    said = run_command("make", "-n", "train", *typed, *flags).stdout.replace("\\\n", " ")
+    said = run_command("make", "--no-print-directory", "-n", "train", *typed, *flags).stdout.replace(
+        "\\\n", " "
+    )
     assert " ".join(said.split("train_llava.launch ")[1].split()) == (
         '--config "c.yaml" --nproc 8 --llava "l" --run "r" --hostfile "hosts" --nnodes "2" --node-rank "1" '
         '--master "host0:29501" --check-only --overfit-batch --weights-only'

@@ -26,7 +26,6 @@ from train_llava.lora import (
     is_adapter,
     load_adapter,
     load_adapter_run,
-    quantization,
     save_adapter,
 )
 from train_llava.model import OneViewLlava
@@ -350,16 +349,12 @@ def test_a_tokenizer_with_the_tokens_in_other_rows_is_refused(tmp_path: Path) ->
         load_adapter_run(tmp_path / "run", torch.float32)
 
 
-def test_nothing_is_quantised_unless_asked() -> None:
-    assert quantization(None, torch.bfloat16) is quantization(LORA, torch.bfloat16) is None
-
-
-def test_nf4_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train_llava.lora.find_spec", lambda _: None)
-    with pytest.raises(
-        UserError, match=r"^model\.lora\.quantize: nf4 needs bitsandbytes, which is not there"
-    ):
-        quantization(LoraConfig(quantize="nf4"), torch.bfloat16)
+def test_nf4_without_bitsandbytes_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train_llava.quantize.find_spec", lambda _: None)
+    config = ModelConfig(path=str(base), lora=LoraConfig(rank=4, alpha=8, quantize="nf4"))
+    message = r"^model\.lora\.quantize: nf4 needs bitsandbytes, which is not there"
+    with pytest.raises(UserError, match=message):
+        load_or_build(config, [], seed=0)
 
 
 @needs_bitsandbytes

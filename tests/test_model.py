@@ -10,23 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from convert.action_codec import ActionCodec
 from convert.prompt import question
-from convert.statistics import action_stats
 from oxe_mix.errors import UserError
 from train_llava.action_tokens import add_action_tokens, prove_action_tokens
 from train_llava.config import ImageMode, ModelConfig, TinyModel
-from train_llava.decode import ActionDecoder
 from train_llava.loading import load_checkpoint, load_or_build, save_checkpoint
 from train_llava.model import OneViewLlava
 from train_llava.processor import OneViewProcessor, View
 from train_llava.trainer import compile_layers
 
 QUESTIONS = [question(f"pick up the {color} block") for color in ("red", "green", "blue", "yellow")]
-STATS = action_stats(
-    np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32), (True,) * 6 + (False,), 1
-)
-CODEC = ActionCodec(action_dim=7, datasets={"viola": STATS})
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +135,6 @@ def test_anyres_is_the_stock_processor_and_the_stock_model(shape: tuple[int, int
         ).pooler_output
     assert torch.equal(features, torch.cat(list(expected)))
     assert len(features) == processor.num_view_tokens(shape)
-    # And a whole prompt of it is answered.
-    prediction = ActionDecoder(model, processor, CODEC).predict([QUESTIONS[0]], [view], ["viola"])
-    assert prediction.bins.shape == (1, 1, 7)
 
 
 def test_pad_keeps_the_aspect_and_single_stretches() -> None:
@@ -217,40 +207,6 @@ def test_a_batch_of_text_gives_the_frames_weights_gradients_of_zero() -> None:
         if "vision_tower.encoder" in name or "multi_modal_projector" in name or "newline" in name:
             assert weight.grad is not None, name
             assert not weight.grad.any()
-
-
-def test_decoding_takes_exactly_seven_action_tokens_and_equals_decoding_without_a_cache(
-    tiny: tuple[OneViewLlava, OneViewProcessor],
-) -> None:
-    model, processor = tiny
-    views = _views(1)
-    prediction = ActionDecoder(model, processor, CODEC).predict([QUESTIONS[2]], views, ["viola"])
-    assert prediction.bins.shape == prediction.probabilities.shape == (1, 1, 7)
-    ids, action_ids = processor.prompt_ids(QUESTIONS[2], [17]), prove_action_tokens(processor.tokenizer)
-    pixels = _pixels(processor, views)
-    for i in range(7):
-        with torch.no_grad():
-            logits = model(torch.tensor([ids]), pixels).logits[0, -1]
-        # The gripper's bins are the upper half: the lower one would be no gripper at all.
-        among = torch.where(torch.tensor(i == 6) & (torch.arange(256) < 128), -torch.inf, logits[action_ids])
-        among = among.softmax(dim=-1)
-        assert int(among.argmax()) == prediction.bins[0, 0, i]
-        assert float(among.max()) == pytest.approx(prediction.probabilities[0, 0, i], abs=1e-5)
-        ids.append(action_ids[int(among.argmax())])
-
-
-def test_alone_and_in_a_batch_with_longer_prompts_the_bins_are_the_same(
-    tiny: tuple[OneViewLlava, OneViewProcessor],
-) -> None:
-    model, processor = tiny
-    decoder = ActionDecoder(model, processor, CODEC)
-    asked = [QUESTIONS[0], question("please be so kind and pick up the yellow block now"), question("go")]
-    views = _views(3)
-    together = decoder.predict(asked, views, ["viola"] * 3)
-    for i, one in enumerate(asked):
-        alone = decoder.predict([one], views[i : i + 1], ["viola"])
-        assert (alone.bins[0] == together.bins[i]).all()
-        assert np.abs(alone.probabilities[0] - together.probabilities[i]).max() < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself

@@ -390,12 +390,13 @@ def test_adapters_are_exported_before_stock_classes_load_them(run: Path) -> None
     assert 'from_pretrained("RUN")' not in text
 
 
-def test_a_command_that_would_be_refused_is_not_shown(run: Path) -> None:
+def test_of_several_cameras_each_is_named_and_the_state_is_given(run: Path) -> None:
     codec = json.loads((run / CODEC_FILE).read_text())
-    _edit(run / CODEC_FILE, asking=codec["asking"] | {"cameras": ["primary", "wrist"]})
+    states = {name: own | {"mean": [0.25, *own["mean"][1:]]} for name, own in codec["datasets"].items()}
+    asking = codec["asking"] | {"cameras": ["primary", "wrist"], "state": True}
+    _edit(run / CODEC_FILE, asking=asking, states=states)
     text = _card(run)
-    assert "python inference_action.py" not in text
-    assert "gives one frame and no state" in text
+    assert "--image primary=primary.jpg --image wrist=wrist.jpg --state '0.25 " in text
 
 
 def test_what_it_says_to_type_works(
@@ -420,7 +421,8 @@ def test_what_it_says_to_type_works(
     command = shlex.split(re.findall(r"```bash\n(.*)\n```", text)[0])
     assert command[0] == "python"
     monkeypatch.setattr(sys, "argv", command[1:])
-    inference_action.main()
+    with pytest.raises(SystemExit, match="0"):
+        inference_action.main()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["unnorm_key"] == next(
         iter(read_codec(llava).datasets)
     )

@@ -62,14 +62,16 @@ def test_the_stock_classes_load_what_it_left(checkpoint: Path, llava: Path) -> N
 
 def test_acting_prints_one_action_in_robot_units(checkpoint: Path, image: Path) -> None:
     record = json.loads(_act(checkpoint, image, "--unnorm-key", "viola"))
-    assert set(record) == {"unnorm_key", "actions", "bins", "probabilities", "latency_ms"}
+    assert set(record) == {
+        "image", "unnorm_key", "actions", "clamped", "bins", "probabilities", "entropies", "latency_ms"
+    }  # fmt: skip
     stats = read_codec(checkpoint).datasets["viola"]
     assert (
         np.shape(record["bins"]) == np.shape(record["actions"]) == np.shape(record["probabilities"]) == (1, 7)
     )
     assert np.allclose(record["actions"], codec.decode(np.array(record["bins"]), stats))
     assert all(0 < p <= 1 for p in record["probabilities"][0])
-    assert record["latency_ms"] > 0
+    assert set(record["latency_ms"]) == {"preprocess", "prefill", "decode", "total"}
 
 
 def test_the_key_is_asked_for_when_several_robots_could_be_meant(checkpoint: Path, image: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from convert.action_codec import action_tokens
 from oxe_mix.errors import UserError
 from train_llava.model import OneViewLlava
+from train_llava.slots import add_slots, slot_ids
 
 _ROWS_AT_ONCE = 8192  # of a table whose mean is taken: in float32 all of a 7B's would be 2 GB
 
@@ -24,6 +25,7 @@ class ActionTokens:
     ids: tuple[int, ...]  # in order of their bins
     num_new: int  # of them, those whose rows were begun here
     is_tied: bool
+    num_slots: int = 0  # tokens beside them, for parallel decoding
 
     def __str__(self) -> str:
         """A line of a run's report."""
@@ -32,25 +34,41 @@ class ActionTokens:
             which = "new rows" if self.num_new == len(self.ids) else f"{self.num_new} new rows"
             rows = f"{which} of input and output embedding at the mean of the old ones"
         head = "tied" if self.is_tied else "not tied"
+        if self.num_slots:
+            head += f", and {self.num_slots} action slots"
         return f"{len(self.ids)} action tokens: ids {min(self.ids)} to {max(self.ids)}, {rows}, head {head}"
 
 
-def add_action_tokens(model: OneViewLlava, tokenizer: PreTrainedTokenizerBase) -> ActionTokens:
+def add_action_tokens(
+    model: OneViewLlava, tokenizer: PreTrainedTokenizerBase, num_slots: int = 0
+) -> ActionTokens:
     """Add the 256 action tokens once, and prove that they survive the tokenizer, alone and side by side.
 
     Rows of new tokens start at the mean of the old tokens' rows, in the input and in the output embedding, so
     that no action token begins as a stranger or a favourite; a tied head stays tied. A tokenizer that has
     the tokens already keeps what was learnt for them.
 
-    Raises: UserError when the tokenizer does not keep them apart.
+    Args:
+        num_slots: for parallel decoding, as many action slots beside them.
+
+    Raises: UserError when the tokenizer does not keep them apart, or has slots, but not so many.
     """
     known = sorted(set(tokenizer.get_vocab().values()))
     tokenizer.add_tokens(action_tokens(), special_tokens=True)
+    add_slots(tokenizer, num_slots)
     ids = prove_action_tokens(tokenizer)
-    new = sorted(set(ids) - set(known))
-    begin_rows(model, new, known)
+    new = set(ids) - set(known)
+    begin_rows(model, sorted(set(own_ids(tokenizer)) - set(known)), known)
     is_tied = rows_of(model.get_output_embeddings()) is rows_of(model.get_input_embeddings())
-    return ActionTokens(tuple(ids), len(new), is_tied)
+    return ActionTokens(tuple(ids), len(new), is_tied, num_slots)
+
+
+def own_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of all tokens that are ours: the actions', in order of their bins, and then the slots'.
+
+    Raises: UserError as `prove_action_tokens`.
+    """
+    return prove_action_tokens(tokenizer) + slot_ids(tokenizer)
 
 
 def begin_rows(model: OneViewLlava, new: Sequence[int], known: Sequence[int]) -> None:

@@ -17,7 +17,8 @@ from train_llava.markdown import code, items, plain, table
 from train_llava.metrics import rows
 from train_llava.result import CONFIG_FILE, DATA_MANIFEST, REPORT_FILE, VERSIONS_FILE
 
-_ARM = ("x", "y", "z", "rotation 1", "rotation 2", "rotation 3", "gripper")
+# What EEF_POS on a card means.
+ARM = ("x", "y", "z", "rotation 1", "rotation 2", "rotation 3", "gripper")
 # Of the four policies the two that a reader compares dimension by dimension; evaluation.json has all.
 _BY_DIMENSION = ("model", "mean_action")
 _STATISTICS = {"all": "all episodes", "train": "the training episodes alone"}
@@ -93,8 +94,8 @@ def _by_dimension(source: CardSource, report: dict[str, Any]) -> str:
 def _dimensions(source: CardSource, names: list[str], width: int) -> tuple[str, ...]:
     """What the dimensions are called: only an arm's that all datasets share have names."""
     cards = [source.card_of(name) for name in names]
-    if width == len(_ARM) and all(card is not None and card.action.encoding == "EEF_POS" for card in cards):
-        return _ARM
+    if width == len(ARM) and all(card is not None and card.action.encoding == "EEF_POS" for card in cards):
+        return ARM
     return tuple(str(a + 1) for a in range(width))
 
 

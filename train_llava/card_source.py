@@ -41,6 +41,11 @@ class CardSource:
         return None if self.report is None else self.report["held_out"]
 
     @property
+    def is_parallel(self) -> bool:
+        """Whether one pass answers all tokens of a chunk."""
+        return self.config is not None and self.config.train.parallel_action_slots
+
+    @property
     def has_curves(self) -> bool:
         """Whether a step of training was logged."""
         return any("loss" in line for line in self.lines)

@@ -147,6 +147,7 @@ class TrainConfig(_Strict):
     max_grad_norm: Rate = 1.0
     precision: Precision = "bf16"
     gradient_checkpointing: bool = False
+    parallel_action_slots: bool = False  # one pass answers all tokens of a chunk, without an order among them
     compile: bool = False  # the layers of vision tower and language model, by torch.compile
     max_length: Positive = 2048  # tokens of a sample, frames included; a longer one is refused before step 1
     zero: ZeroConfig = ZeroConfig()
@@ -202,6 +203,8 @@ class RunConfig(_Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         lora, rates = self.model.lora, self.train.learning_rates
+        if self.train.parallel_action_slots and self.model.attention == "flash_attention_2":
+            raise ValueError("train.parallel_action_slots needs a mask that flash-attn has not; take sdpa")
         if lora is not None and rates["language_model"] is None:
             raise ValueError("model.lora trains the language model, but its learning rate is null")
         if lora is not None and lora.quantize != "none" and self.train.zero.stage == 3:

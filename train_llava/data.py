@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from train_llava.augment import Augment, augment
 from train_llava.batch import BatchPlan
 from train_llava.llava_data import Conversation
 from train_llava.mixture import MixedOrder
-from train_llava.processor import IGNORE, OneViewProcessor, Size, View, open_frame
+from train_llava.processor import IGNORE, OneViewProcessor, Size, Turns, View, open_frame
+from train_llava.slots import slot_ids
 from train_llava.sources import TrainingData
 
 NO_DIMENSION = -1  # of a supervised token that is no action's: a word, or the end of a turn
@@ -38,38 +40,54 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One sample: ids, labels and the action dimensions of its labels, of one length; and its views."""
+    """One sample: ids, labels and the action dimensions of its labels, of one length; and its views.
+
+    A label is the id that stands there, and that the position before is to say; at the last `num_slots` it is
+    what the position itself is to say.
+    """
 
     ids: list[int]
     labels: list[int]
     dimensions: list[int]
-    views: tuple[View, ...]
+    views: tuple[View, ...] = ()
+    num_slots: int = 0
+
+    def said(self, values: list[int], nothing: int) -> list[int]:
+        """Labels, or dimensions, moved to the positions that are to say them."""
+        return values if self.num_slots else [*values[1:], nothing]
 
 
 class Tokenized:
-    """Conversations to ids and labels. A dimension is the number of a token in its action, 0 … A - 1."""
+    """Conversations to ids and labels. A dimension is the number of a token in its action, 0 … A - 1.
+
+    A robot's answer stands in the slots where the tokenizer has some, without an end of the turn.
+    """
 
     def __init__(self, processor: OneViewProcessor, action_dim: int) -> None:
         self._processor, self._action_dim = processor, action_dim
+        self._slots = slot_ids(processor.tokenizer)
         self._prompt = lru_cache(_PROMPTS_KEPT)(processor.prompt_ids)
 
-    def __call__(
-        self, sample: Conversation, sizes: list[Size], *, is_robot: bool
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Ids, labels and dimensions. Raises: ValueError when the prompt does not fit the images."""
+    def __call__(self, turns: Turns, sizes: list[Size], *, is_robot: bool) -> Tokens:
+        """All but the views. Raises: ValueError when the prompt does not fit the images, or the answer the
+        slots.
+        """
         tokens = tuple(self._processor.num_view_tokens(size) for size in sizes)
-        if len(sample.turns) > 2:
-            ids, labels = self._processor.conversation_ids(sample.turns, tokens)
-        else:
-            (_, question), (_, answer) = sample.turns
-            prompt, answered = self._prompt(question, tokens), self._processor.answer_ids(answer)
-            ids, labels = prompt + answered, [IGNORE] * len(prompt) + answered
-        dimensions = [NO_DIMENSION] * len(ids)
-        if is_robot:
-            first = len(ids) - len(answered)
-            for i in range(len(answered) - 1):  # the last token ends the turn
-                dimensions[first + i] = i % self._action_dim
-        return ids, labels, dimensions
+        if len(turns) > 2:
+            ids, labels = self._processor.conversation_ids(turns, tokens)
+            return Tokens(ids, labels, [NO_DIMENSION] * len(ids))
+        (_, question), (_, answer) = turns
+        prompt, answered = self._prompt(question, tokens), self._processor.answer_ids(answer)
+        unsaid, no_dimension = [IGNORE] * len(prompt), [NO_DIMENSION] * len(prompt)
+        if not is_robot:
+            return Tokens(prompt + answered, unsaid + answered, no_dimension + [NO_DIMENSION] * len(answered))
+        actions = answered[:-1]  # the last token ends the turn
+        dimensions = no_dimension + [i % self._action_dim for i in range(len(actions))]
+        if not self._slots:
+            return Tokens(prompt + answered, unsaid + answered, [*dimensions, NO_DIMENSION])
+        if len(actions) != len(self._slots):
+            raise ValueError(f"an answer of {len(actions)} tokens, but {len(self._slots)} slots")
+        return Tokens(prompt + self._slots, unsaid + actions, dimensions, num_slots=len(actions))
 
 
 class SampleDataset(Dataset["Tokens | UserError"]):
@@ -115,7 +133,8 @@ class SampleDataset(Dataset["Tokens | UserError"]):
             views.append(
                 self._processor.view(image if self._change is None else augment(image, rng, self._change))
             )
-        return Tokens(*self._ids(sample, [view.size for view in views], source.is_robot), tuple(views))
+        tokens = self._ids(sample, [view.size for view in views], source.is_robot)
+        return dataclasses.replace(tokens, views=tuple(views))
 
     def lengths(self, source: int, index: int) -> Lengths:
         """Of a sample by its text alone; of its frames, at most the sizes are read.
@@ -126,21 +145,19 @@ class SampleDataset(Dataset["Tokens | UserError"]):
         sample = own.sample(index)
         sizes = [_size(frame.read(), str(frame)) for frame in sample.images] if self._needs_sizes else []
         sizes = sizes or [(0, 0)] * len(sample.images)
-        ids, labels, _ = self._ids(sample, sizes, own.is_robot)
-        supervised = sum(label != IGNORE for label in labels)
+        tokens = self._ids(sample, sizes, own.is_robot)
+        supervised = sum(label != IGNORE for label in tokens.labels)
         frames = sum(self._processor.num_view_tokens(size) for size in sizes)
-        answers = len(sample.turns) // 2
-        return Lengths(sample.id, len(ids), frames, supervised, supervised - answers)
+        ends = 0 if tokens.num_slots else len(sample.turns) // 2
+        return Lengths(sample.id, len(tokens.ids), frames, supervised, supervised - ends)
 
     @property
     def _needs_sizes(self) -> bool:
         return self._processor.needs_sizes
 
-    def _ids(
-        self, sample: Conversation, sizes: list[Size], is_robot: bool
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _ids(self, sample: Conversation, sizes: list[Size], is_robot: bool) -> Tokens:
         try:
-            return self._tokenized(sample, sizes, is_robot=is_robot)
+            return self._tokenized(sample.turns, sizes, is_robot=is_robot)
         except ValueError as error:
             raise UserError(f"{sample.id}: {error}") from error
 
@@ -167,9 +184,10 @@ def _size(encoded: bytes, name: str) -> Size:
 def collate(samples: list[Tokens | UserError], processor: OneViewProcessor) -> dict[str, Any]:
     """A batch, padded at the end.
 
-    Returns: input_ids [B, L]; logits_at [K], the positions in the flattened batch whose next token is
-        supervised; targets and dimensions [K] of those; pixel_values and image_sizes where there are frames.
-        With a sample that is an error: {"error": its text} alone.
+    Returns: input_ids [B, L]; logits_at [K], the positions in the flattened batch that are to say something;
+        targets and dimensions [K] of those; pixel_values and image_sizes where there are frames; slots
+        [B, 2], where action slots begin and end, where there are some. With a sample that is an error:
+        {"error": its text} alone.
     """
     whole = [sample for sample in samples if isinstance(sample, Tokens)]
     for sample in samples:
@@ -178,16 +196,19 @@ def collate(samples: list[Tokens | UserError], processor: OneViewProcessor) -> d
     length = max(len(sample.ids) for sample in whole)
     pad = int(processor.tokenizer.pad_token_id)
     ids = _padded([sample.ids for sample in whole], length, pad)
-    labels = _padded([sample.labels for sample in whole], length, IGNORE)
-    dimensions = _padded([sample.dimensions for sample in whole], length, NO_DIMENSION)
-    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    targets = _padded([sample.said(sample.labels, IGNORE) for sample in whole], length, IGNORE)
+    dimensions = [sample.said(sample.dimensions, NO_DIMENSION) for sample in whole]
+    rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
     frames = processor.frames(view for sample in whole for view in sample.views)
+    ends = [len(sample.ids) for sample in whole]
+    slots = [[end - sample.num_slots, end] for end, sample in zip(ends, whole, strict=True)]
     return {
         "input_ids": ids,
         "logits_at": rows * length + columns,
-        "targets": labels[rows, columns + 1],
-        "dimensions": dimensions[rows, columns + 1],
+        "targets": targets[rows, columns],
+        "dimensions": _padded(dimensions, length, NO_DIMENSION)[rows, columns],
         **{name: torch.from_numpy(value) for name, value in frames.items()},
+        **({"slots": torch.tensor(slots)} if any(sample.num_slots for sample in whole) else {}),
     }
 
 

@@ -103,7 +103,7 @@ def _table(llava: Path, run: Path, convert_seconds: float, said: str, recorded: 
         ("predicted action", " ".join(f"{value:.3f}" for value in predicted["actions"][0])),
         ("  bins", " ".join(map(str, predicted["bins"][0]))),
         ("  recorded bins", " ".join(recorded.replace("<ACTION_", " ").replace(">", "").split())),
-        ("  latency", f"{predicted['latency_ms']:.0f} ms"),
+        ("  latency", f"{predicted['latency_ms']['total']:.0f} ms"),
     ]
     lines = [f"{label:<44}{value}" for label, value in rows]
     return "\n".join(["the whole line", "-" * 78, *lines, "", summary(report["held_out"])])

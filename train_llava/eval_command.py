@@ -18,6 +18,7 @@ from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.files import read_json, read_model, write_json
 from oxe_mix.text import count, say, warn
 from train_llava.config import CHECKPOINTS, RunConfig, holds_model, load_config
+from train_llava.recorded import other_statistics, refuse_other_masks, refuse_other_tokens
 
 if TYPE_CHECKING:
     from train_llava.model import OneViewLlava
@@ -95,39 +96,16 @@ def _prove(options: EvalOptions) -> _Task:
         raise UserError(f"{folder}: the run has not ended; give one of its checkpoints, as {steps[-1]}")
     manifest = read_manifest(options.data)
     codec, measured = read_codec(folder), read_codec(options.data)
-    _refuse_other_tokens(options, codec, measured)
+    refuse_other_tokens((options.data, measured), (folder, codec))
     reader = ConversationReader(options.data, cast(Literal["train", "val"], options.part))
     keys = _keys(options, codec, measured, reader)
     if options.part == "val":
         warn("\n".join(_perhaps_trained_on(folder, manifest, list(keys))))
-    warn("\n".join(_other_statistics(codec, measured, keys)))
+    others = (other_statistics(measured, name, codec, key) for name, key in keys.items())
+    warn("\n".join(filter(None, others)))
     file = next(iter(_left_by_the_run(folder, "config.yaml")), None)
     config = load_config(file) if file is not None else None
     return _Task(options, codec, measured, reader, keys, _out(options), config)
-
-
-def _refuse_other_tokens(options: EvalOptions, codec: ActionCodec, measured: ActionCodec) -> None:
-    """A model can be asked only as it was trained to be, and answers only as it was."""
-    theirs = _tokens(measured)
-    for what, wanted in _tokens(codec).items():
-        if theirs[what] != wanted:
-            raise UserError(
-                f"{options.data}: {what} {theirs[what]}, but {options.checkpoint} was trained with {wanted}; "
-                "convert the data as it was converted for training"
-            )
-
-
-def _tokens(codec: ActionCodec) -> dict[str, str]:
-    """What questions and answers look like, in words."""
-    asking = codec.asking
-    return {
-        "actions of width": str(codec.action_dim),
-        "chunks of": str(codec.chunk),
-        "binning": codec.binning,
-        "cameras": ", ".join(asking.cameras),
-        "the robot's state in the prompt:": "yes" if asking.state else "no",
-        "prompt": repr(asking.template),
-    }
 
 
 def _keys(
@@ -153,8 +131,7 @@ def _keys(
             f"{', '.join(sorted(codec.datasets))}"
         )
     for name, key in keys.items():
-        if measured.datasets[name].mask != codec.datasets[key].mask:
-            raise UserError(f"{name}: movements and gripper are not the dimensions that they are in {key}")
+        refuse_other_masks(measured, name, codec, key)
     return keys
 
 
@@ -170,15 +147,6 @@ def _mapped(word: str, names: list[str], codec: ActionCodec) -> tuple[str, str]:
         known = list(codec.datasets)
         raise UserError(f"--unnorm-key {word}: the checkpoint has no {key}{did_you_mean(key, known)}")
     return name, key
-
-
-def _other_statistics(codec: ActionCodec, measured: ActionCodec, keys: dict[str, str]) -> list[str]:
-    return [
-        f"{name}: the data's statistics are not those that the checkpoint acts with; actions outside its "
-        "range count as errors in robot units"
-        for name, key in keys.items()
-        if measured.datasets[name] != codec.datasets[key]
-    ]
 
 
 def _perhaps_trained_on(folder: Path, manifest: Manifest, names: list[str]) -> list[str]:
@@ -212,12 +180,13 @@ def _out(options: EvalOptions) -> Path:
 
 
 def _evaluate(task: _Task) -> dict[str, Any]:
-    import torch
-
-    from train_llava.evaluate import HeldOut, evaluate
     from train_llava.quiet import quiet_libraries
 
     quiet_libraries()
+    import torch
+
+    from train_llava.evaluate import HeldOut, evaluate
+
     options = task.options
     model, processor = _load(task)
     held_out = HeldOut(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from convert.action_codec import ActionCodec, bins_to_text
 from convert.reader import ConversationReader
 from oxe_mix.errors import UserError
 from oxe_mix.progress import Goal, Sample, progress
-from train_llava.data import NO_DIMENSION, Tokens, collate
+from train_llava.data import Tokenized, Tokens, collate
 from train_llava.decode import ActionDecoder
 from train_llava.metrics import Scored, score
 from train_llava.mixture import share_out
@@ -107,6 +108,7 @@ class _Exam:
     ) -> None:
         self._model, self._processor, self._codec, self._held_out = model, processor, codec, held_out
         self._decoder = ActionDecoder(model, processor, codec)
+        self._tokenized = Tokenized(processor, codec.action_dim)
         only = held_out.only or tuple(held_out.reader.ranges)
         ranges = {name: own for name, own in held_out.reader.ranges.items() if name in only and own}
         self._picked = pick(ranges, held_out.samples)
@@ -174,9 +176,8 @@ class _Exam:
         samples: list[Tokens | UserError] = []
         for own, views in zip(recordings, frames, strict=True):
             turns = [("human", own.question), ("gpt", bins_to_text(own.target))]
-            tokens = [self._processor.num_view_tokens(view.size) for view in views]
-            ids, labels = self._processor.conversation_ids(turns, tokens)
-            samples.append(Tokens(ids, labels, [NO_DIMENSION] * len(ids), tuple(views)))
+            tokens = self._tokenized(turns, [view.size for view in views], is_robot=True)
+            samples.append(dataclasses.replace(tokens, views=tuple(views)))
         batch = collate(samples, self._processor)
         inputs = {name: value.to(self._model.device) for name, value in batch.items() if name != "dimensions"}
         targets = inputs.pop("targets")

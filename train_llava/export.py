@@ -50,10 +50,13 @@ _OF_THE_RUN = (
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What merging did: linear layers, and those whose weights are others in the dtype that is saved."""
+    """What merging did: linear layers, those whose weights are others in the dtype that is saved, and rows of
+    embedding and head.
+    """
 
     layers: int
     changed: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,8 @@ def merge_adapters(model: OneViewLlava, dtype: torch.dtype) -> Merged:
     from peft.tuners.lora import LoraLayer
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    changed = 0
+    changed, of_head = 0, model.get_submodule(HEAD)
+    assert isinstance(of_head, TrainedRows)
     with torch.no_grad():
         for name, layer in layers.items():
             own: Any = layer
@@ -127,7 +131,7 @@ def merge_adapters(model: OneViewLlava, dtype: torch.dtype) -> Merged:
             rows.base_layer.weight[rows.ids] = rows.trained_rows
             model.set_submodule(name, rows.base_layer)
     model.delete_adapter(ADAPTER)
-    return Merged(len(layers), changed)
+    return Merged(len(layers), changed, len(of_head.ids))
 
 
 def _check_asked(checkpoint: Path, out: Path, dtype: str | None) -> None:
@@ -170,7 +174,7 @@ def _export(checkpoint: Path, folder: Path, dtype: Precision) -> str:
     _require(agreement, dtype)
     lines = [
         f"done: {merged.changed} of {count(merged.layers, 'linear layer')} changed, "
-        f"{NUM_BINS} rows of embedding and head; read again by the stock classes, logits differ by "
+        f"{merged.rows} rows of embedding and head; read again by the stock classes, logits differ by "
         f"{agreement.difference:.1e} of the largest at most (limit {_LIMITS[dtype]:.0e}), same action token "
         f"at {agreement.same_token} of {agreement.positions} positions"
     ]

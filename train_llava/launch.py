@@ -33,7 +33,7 @@ from train_llava.sources import open_data
 from train_llava.supervise import Cluster, Ended, num_gpus, run_ranks, stop_at_end_of_input, stop_seconds
 
 _PORT = 29500
-_PROGRAM = "train_llava.train"  # the module that each rank runs
+_PROGRAM = "train_llava.rank"  # the module that each rank runs
 _SEEN_S = 10.0
 _FLAGS = ("check-only", "overfit-batch", "weights-only")
 

@@ -27,6 +27,7 @@ from train_llava.model import OneViewLlava
 from train_llava.original_config import is_original
 from train_llava.original_layout import Form, load_original, original_config, weight_files
 from train_llava.processor import OneViewProcessor
+from train_llava.quantize import Bits, in_bits
 from train_llava.tiny import build_tiny
 
 Precision = Literal["fp32", "bf16"]
@@ -37,7 +38,7 @@ _HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.model", "*.safetensors"]
 
 
 def load_or_build(
-    config: ModelConfig, questions: list[str], seed: int, precision: Precision = "fp32"
+    config: ModelConfig, questions: list[str], seed: int, precision: Precision = "fp32", num_slots: int = 0
 ) -> tuple[OneViewLlava, OneViewProcessor, ActionTokens]:
     """The model and processor that training starts from, with the action tokens in both, and what became of
     these.
@@ -45,6 +46,7 @@ def load_or_build(
     Args:
         questions: what a tiny model's tokenizer is trained on.
         precision: what the weights are held in.
+        num_slots: for parallel decoding, one for each token of an answer.
 
     Raises: UserError when there is no such model, it cannot be used as it is meant to be, or the action
         tokens do not survive its tokenizer.
@@ -65,13 +67,16 @@ def load_or_build(
             )
         model, processor = load_original(folder, form) if is_original(folder) else _load_stock(folder, form)
     processor.image_mode = config.image_mode
-    return model, processor, add_action_tokens(model, processor.tokenizer)
+    return model, processor, add_action_tokens(model, processor.tokenizer, num_slots)
 
 
 def load_checkpoint(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path, dtype: torch.dtype = torch.float32, bits: Bits | None = None
 ) -> tuple[OneViewLlava, OneViewProcessor]:
     """What a run left in a folder: a whole model in transformers' layout, or adapters with their base.
+
+    Args:
+        bits: the language model's linear layers in so many; only of a whole model.
 
     Raises: UserError when it is not there, is another kind of model, or weights are missing from its files.
     """
@@ -81,8 +86,14 @@ def load_checkpoint(
     if (folder / _ADAPTERS).exists():
         from train_llava.lora import load_adapter_run
 
+        if bits is not None:
+            raise UserError(
+                f"{path}: holds adapters, whose base can only have the bits that it was trained with; merge "
+                "them first: oxe-mix export"
+            )
         return load_adapter_run(folder, dtype)
-    return _load_stock(folder, Form(dtype))
+    quantization = None if bits is None else in_bits(bits, dtype, f"{bits} weights")
+    return _load_stock(folder, Form(dtype, quantization=quantization))
 
 
 def save_checkpoint(
@@ -168,9 +179,7 @@ def _form(config: ModelConfig, dtype: torch.dtype) -> Form:
             raise UserError("model.attention: flash_attention_2 knows no fp32; take sdpa, or train in bf16")
     if config.lora is None or config.lora.quantize == "none":
         return Form(dtype, config.attention)
-    from train_llava.lora import quantization
-
-    return Form(dtype, config.attention, quantization(config.lora, dtype))
+    return Form(dtype, config.attention, in_bits("4bit", dtype, "model.lora.quantize: nf4"))
 
 
 def _stock_config(folder: Path) -> LlavaOnevisionConfig:

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from oxe_mix.errors import UserError
 from oxe_mix.files import write_json
-from train_llava.action_tokens import prove_action_tokens, rows_of
+from train_llava.action_tokens import own_ids, rows_of
 from train_llava.base_record import (
     BASE_RECORD,
     BaseRecord,
@@ -32,6 +32,7 @@ from train_llava.config import LoraConfig, ModelConfig
 from train_llava.loading import DTYPES, find_folder, load_or_build
 from train_llava.model import OneViewLlava
 from train_llava.processor import OneViewProcessor
+from train_llava.slots import slot_ids
 
 ADAPTERS, TRAINED_PARTS = "adapter_model.safetensors", "trained_parts.safetensors"
 EMBEDDING, HEAD = "model.language_model.embed_tokens", "lm_head"
@@ -39,7 +40,6 @@ ADAPTER = "default"  # peft's name for the only one
 _LINEAR = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 _ROWS = "trained_rows"
 _PEFT_PREFIX, _PEFT_ROWS = "base_model.model.", "token_adapter.trainable_tokens_delta"
-_NOT_IN_4_BITS = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 class TrainedRows(nn.Module):
@@ -78,31 +78,6 @@ class TrainedRows(nn.Module):
         return out.index_copy(-1, self.ids, functional.linear(x, self.trained_rows))
 
 
-def quantization(lora: LoraConfig | None, compute: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the base is to be quantised while it is loaded: `from_pretrained(…, quantization_config=…)`.
-
-    In 4 bits are the language model's linear layers, and nothing else. None where nothing is quantised.
-
-    Args:
-        compute: in what the layers calculate; the dtype that the others are loaded in.
-
-    Raises: UserError when bitsandbytes is not there.
-    """
-    if lora is None or lora.quantize == "none":
-        return None
-    if find_spec("bitsandbytes") is None:
-        raise UserError(
-            "model.lora.quantize: nf4 needs bitsandbytes, which is not there; pip install 'oxe-mix[qlora]'"
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=_NOT_IN_4_BITS,
-    )
-
-
 def is_adapter(name: str) -> bool:
     """Whether a parameter of that name is one of those that LoRA adds."""
     return ".lora_A." in name or ".lora_B." in name or name.endswith(f".{_ROWS}")
@@ -122,7 +97,7 @@ def add_lora(model: OneViewLlava, config: ModelConfig, tokenizer: PreTrainedToke
         raise UserError("model.lora needs peft, which is not there; pip install 'oxe-mix[lora]'")
     import peft
 
-    ids, base = prove_action_tokens(tokenizer), find_folder(config.path)
+    ids, base = own_ids(tokenizer), find_folder(config.path)
     record = BaseRecord(quantize=config.lora.quantize, files=fingerprint(base))
     embedding, head, was_training = model.get_input_embeddings(), model.lm_head, model.training
     assert isinstance(embedding, nn.Embedding)
@@ -210,11 +185,13 @@ def load_adapter_run(
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: no processor to load ({str(error).splitlines()[0]})") from error
     precision = next(name for name, known in DTYPES.items() if known == dtype)
-    model, of_base, _ = load_or_build(config, [], seed=0, precision=precision)
+    model, of_base, _ = load_or_build(
+        config, [], seed=0, precision=precision, num_slots=len(slot_ids(processor.tokenizer))
+    )
     add_lora(model, config, of_base.tokenizer)
     owner: Any = model
     rows = owner.peft_config[ADAPTER].trainable_token_indices
-    if about.rows != rows or prove_action_tokens(processor.tokenizer) != rows["embed_tokens"]:
+    if about.rows != rows or own_ids(processor.tokenizer) != rows["embed_tokens"]:
         raise UserError(f"{folder}: the base and the tokenizer here have the action tokens in other rows")
     load_adapter(folder, model)
     return model.eval(), processor

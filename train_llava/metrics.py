@@ -29,7 +29,7 @@ from oxe_mix.text import count, table
 Floats = NDArray[np.float64]
 POLICIES = ("model", "shuffled_images", "mean_action", "repeat_last")
 _WITHIN = {"exact": 0, "within_1": 1, "within_5": 5}
-_CLOSED_BELOW = 0.5
+CLOSED_BELOW = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Scored:
     recorded: Floats  # [N, H, A], robot units
     target: Bins  # [N, H, A], the recorded actions as the model would have to say them
     predicted: Bins  # [N, H, A]
-    shuffled: Bins  # [N, H, A], predicted from another sample's frames
+    shuffled: Bins | None  # [N, H, A], predicted from another sample's frames; None: was not asked
     last: Bins  # [N, A], recorded right before the sample
     first: NDArray[np.bool_]  # [N], nothing was recorded before: an episode's first sample
 
@@ -57,8 +57,8 @@ class Scored:
 
 
 def score(binning: Binning, scored: list[Scored]) -> dict[str, Any]:
-    """L1, accuracies and gripper F1 for the model, for shuffled frames and for two baselines; over all
-    datasets, and of each.
+    """L1, accuracies and gripper F1 for the model, for shuffled frames where there are such, and for two
+    baselines; over all datasets, and of each.
 
     L1 is in the codec's range (movements -1 to 1, gripper 0 to 1) so that datasets can be averaged; every
     sample weighs the same. Of chunks all H steps count, and `l1_by_step` says how L1 grows with the
@@ -78,15 +78,17 @@ def score(binning: Binning, scored: list[Scored]) -> dict[str, Any]:
             "samples": len(own.target),
             "moving": [int(a) for a in np.flatnonzero(own.moving)],
             **_averages([(own, figures)]),
-            "gripper_f1": {name: figures[name].gripper for name in POLICIES},
-            "l1_robot_units": {name: figures[name].robot_units.tolist() for name in POLICIES},
+            "gripper_f1": {name: one.gripper for name, one in figures.items()},
+            "l1_robot_units": {name: one.robot_units.tolist() for name, one in figures.items()},
         }
         for own, figures in parts
     }
     return {
         "samples": sum(len(own.target) for own in scored),
         **_averages(parts),
-        "gripper_f1": {name: _mean_f1([(own, figures[name]) for own, figures in parts]) for name in POLICIES},
+        "gripper_f1": {
+            name: _mean_f1([(own, figures[name]) for own, figures in parts]) for name in parts[0][1]
+        },
         "datasets": datasets,
     }
 
@@ -112,7 +114,8 @@ def _answers(own: Scored, binning: Binning) -> Iterator[tuple[str, tuple[Bins, F
     first, last = own.first[:, None], bins_to_normalized(own.last, binning)
     as_mean, as_last = np.zeros_like(own.target), np.zeros(own.target.shape)
     yield "model", (own.predicted, bins_to_normalized(own.predicted, binning))
-    yield "shuffled_images", (own.shuffled, bins_to_normalized(own.shuffled, binning))
+    if own.shuffled is not None:
+        yield "shuffled_images", (own.shuffled, bins_to_normalized(own.shuffled, binning))
     yield "mean_action", (as_mean + mean_bins, as_last + mean)
     repeated_bins, repeated = np.where(first, mean_bins, own.last), np.where(first, mean, last)
     yield "repeat_last", (as_mean + repeated_bins[:, None], as_last + repeated[:, None])
@@ -123,7 +126,7 @@ def _figures(own: Scored, binning: Binning, bins: Bins, normalized: Floats) -> _
     units = unnormalize(normalized.reshape(-1, width), own.stats)
     gripper = None
     if not own.stats.mask[-1]:
-        recorded, answered = own.recorded[..., -1] < _CLOSED_BELOW, normalized[..., -1] < _CLOSED_BELOW
+        recorded, answered = own.recorded[..., -1] < CLOSED_BELOW, normalized[..., -1] < CLOSED_BELOW
         gripper = {"closed": _f1(recorded, answered), "open": _f1(~recorded, ~answered)}
     l1, hits = np.zeros(0), np.zeros(0)
     if moving.any():
@@ -157,8 +160,9 @@ def _averages(parts: list[_Part]) -> dict[str, Any]:
     moving = [part for part in parts if part[0].moving.any()]
     samples = [len(own.target) for own, _ in moving]
     bins = [len(own.target) * int(own.moving.sum()) for own, _ in moving]
-    by_step = {name: _average([figures[name].l1 for _, figures in moving], samples) for name in POLICIES}
-    hits = {name: _average([figures[name].hits for _, figures in moving], bins) for name in POLICIES}
+    names = tuple(parts[0][1])
+    by_step = {name: _average([figures[name].l1 for _, figures in moving], samples) for name in names}
+    hits = {name: _average([figures[name].hits for _, figures in moving], bins) for name in names}
     chunked = parts[0][0].target.shape[1] > 1
     return {
         "l1": {name: None if l1 is None else float(np.mean(l1)) for name, l1 in by_step.items()},
@@ -193,6 +197,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             *([_said(loss.get(name), ".3f")] if loss else []),
         )
         for name in POLICIES
+        if name in report["l1"]
     ]
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from train_llava.slots import reach_of_slots, visible
+
 
 class OneViewLlava(LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision that takes one view per frame; weights, names and files are the stock class's.
@@ -67,9 +69,13 @@ class OneViewLlava(LlavaOnevisionForConditionalGeneration):
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        seen: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's output over a batch.
+        """The language model's output over a batch, not padded but for what `seen` leaves out.
+
+        Args:
+            seen: bool [B, 1, Q, K], which keys each query sees; None: all up to itself.
 
         Raises: ValueError when the ids have not as many image tokens as the frames need.
         """
@@ -80,28 +86,41 @@ class OneViewLlava(LlavaOnevisionForConditionalGeneration):
             if int(is_frame.sum()) != len(features):
                 raise ValueError(f"{int(is_frame.sum())} image tokens, but frames for {len(features)}")
             embedded = embedded.masked_scatter(is_frame[..., None], features)
-        return self.model.language_model(inputs_embeds=embedded, **kwargs)
+        return self.model.language_model(
+            inputs_embeds=embedded, attention_mask=self._mask(seen, embedded.dtype), **kwargs
+        )
+
+    def _mask(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """As the attention kernel takes it; the library takes what has four dimensions as it is."""
+        if seen is None or self.model.language_model.config._attn_implementation != "eager":  # noqa: SLF001
+            return seen
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+        return hidden.masked_fill(~seen, torch.finfo(dtype).min)
 
     def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_sizes: Tensor | None = None,
-        attention_mask: Tensor | None = None,
         logits_at: Tensor | None = None,
+        slots: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of every position, [B, L, V], or of some alone, [K, V].
 
         Args:
-            input_ids: [B, L], padded at the end; pixel_values: [P, 3, S, S] in order of the image tokens.
-            attention_mask: [B, L]; not needed for padding at the end, which no token before it ever sees, and
-                without it the fast attention kernels can be used.
+            input_ids: [B, L], padded at the end, where no token before it ever sees the padding;
+                pixel_values: [P, 3, S, S] in order of the image tokens.
+            slots: [B, 2], where each row's action slots begin and end; they see one another.
             logits_at: [K] positions in the flattened batch. Over a whole prompt logits would be most of the
                 memory.
         """
+        seen = None
+        if slots is not None:
+            length = input_ids.shape[1]
+            seen = visible(torch.zeros_like(slots[:, 0]), reach_of_slots(slots, length), length)
         hidden = self.hidden_states(
-            input_ids, pixel_values, image_sizes, attention_mask=attention_mask, use_cache=False
+            input_ids, pixel_values, image_sizes, seen, use_cache=False
         ).last_hidden_state
         if logits_at is not None:
             hidden = hidden.flatten(0, 1)[logits_at]

@@ -175,26 +175,29 @@ def _acting(source: CardSource) -> str:
     codec = source.codec
     if codec is None:
         return left_out(CODEC_FILE)
-    if codec.asking.state or len(codec.asking.cameras) > 1:
-        ask = (
-            "`inference_action.py` gives one frame and no state, so it cannot ask this model; "
-            "`train_llava.decode.ActionDecoder` takes several."
-        )
-    else:
-        key, instruction = _example(source, codec)
-        command = (
-            "python inference_action.py --checkpoint RUN --image camera.jpg "
-            f"--instruction {shlex.quote(instruction)} --unnorm-key {shlex.quote(key)}"
-        )
-        ask = "\n\n".join(
-            [
-                "In the oxe-mix repository, with `RUN` for this folder:",
-                block("bash", [command]),
-                f"It prints {count(codec.chunk, 'action')} of {codec.action_dim} dimensions in the units of "
-                f"{code(key)}, with bins and probabilities. `--unnorm-key` takes any key of the table above.",
-            ]
-        )
+    key, instruction = _example(source, codec)
+    images = ["--image camera.jpg"]
+    if len(codec.asking.cameras) > 1:
+        images = [f"--image {camera}={camera}.jpg" for camera in codec.asking.cameras]
+    state = ["--state", shlex.quote(_mean_state(codec, key))] if codec.asking.state else []
+    asked = ["--instruction", shlex.quote(instruction), "--unnorm-key", shlex.quote(key)]
+    command = " ".join(["python inference_action.py --checkpoint RUN", *images, *state, *asked])
+    how = "all from one pass over the prompt" if source.is_parallel else "token by token"
+    ask = "\n\n".join(
+        [
+            "In the oxe-mix repository, with `RUN` for this folder:",
+            block("bash", [command]),
+            f"It prints {count(codec.chunk, 'action')} of {codec.action_dim} dimensions in the units of "
+            f"{code(key)}, {how}, with bins and probabilities. `--unnorm-key` takes any key of the table "
+            "above.",
+        ]
+    )
     return f"{ask}\n\n{_stock(source)}"
+
+
+def _mean_state(codec: ActionCodec, key: str) -> str:
+    """A state that the robot may well be in, in its own units."""
+    return " ".join(f"{value:.3g}" for value in codec.states[key].mean)
 
 
 def _example(source: CardSource, codec: ActionCodec) -> tuple[str, str]:

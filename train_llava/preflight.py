@@ -112,7 +112,8 @@ def in_words(sample: Tokens, processor: OneViewProcessor) -> str:
         if same:
             continue
         supervised, is_frame = _kind(sample, start, image)
-        text = decode(sample.ids[start:end], spaces_between_special_tokens=False)
+        ids = sample.labels if supervised else sample.ids  # in a slot stands what it is to say
+        text = decode(ids[start:end], spaces_between_special_tokens=False)
         if is_frame:
             text = f"<image> x {end - start}"
         parts.append(f"[{text}]" if supervised else repr(text)[1:-1])

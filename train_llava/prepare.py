@@ -27,6 +27,7 @@ from train_llava.model import OneViewLlava
 from train_llava.preflight import check_lengths, check_sight, first_batch, in_words, rehearse_save
 from train_llava.processor import OneViewProcessor
 from train_llava.result import save_weights, write_origin
+from train_llava.slots import slot_ids
 from train_llava.sources import TrainingData, open_data
 from train_llava.trainer import freeze
 
@@ -136,7 +137,9 @@ def _model(
         model, processor = load_checkpoint(weights_from, dtype=DTYPES[config.train.precision])
     else:
         questions = data.questions(_TOKENIZER_SAMPLES) if config.model.tiny is not None else []
-        model, processor, tokens = load_or_build(config.model, questions, config.seed, config.train.precision)
+        model, processor, tokens = load_or_build(
+            config.model, questions, config.seed, config.train.precision, _num_slots(config, data.codec)
+        )
         ranks.tell(str(tokens))
     if lora is not None:
         from train_llava.lora import add_lora, load_adapter
@@ -151,6 +154,10 @@ def _model(
     everything = sum(weight.numel() for weight in model.parameters())
     ranks.tell(f"model: {everything / 1e6:,.2f} M weights, {trained / 1e6:,.2f} M trained")
     return model, processor
+
+
+def _num_slots(config: RunConfig, codec: ActionCodec) -> int:
+    return codec.tokens_per_answer if config.train.parallel_action_slots else 0
 
 
 def _tell_memory(config: RunConfig, batch: BatchPlan, codec: ActionCodec) -> None:
@@ -181,6 +188,8 @@ def _prove(prepared: Prepared) -> None:
         prepared.config,
     )
     prove_action_tokens(processor.tokenizer)
+    if len(slot_ids(processor.tokenizer)) != _num_slots(config, prepared.data.codec):
+        raise UserError("train.parallel_action_slots: the weights are of a run that had it otherwise")
     ranks.tell("tokens: 256 action tokens, each a single id that survives encoding alone and side by side")
     ranks.tell(check_lengths(dataset, config.train.max_length))
     samples = first_batch(dataset, prepared.batch.micro)

@@ -9,7 +9,7 @@ import torch
 
 
 def quiet_libraries() -> None:
-    """Call it before models are loaded, in the commands that load them."""
+    """Call it in commands that load models, before peft and the Trainer are imported: some speak then."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

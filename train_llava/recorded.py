@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -57,6 +58,19 @@ class Translation:
         except ValueError as error:
             raise UserError(f"{sample.id}: {error}") from error
 
+    def instruction(self, sample: Sample) -> str:
+        """What the robot was told to do."""
+        return self._asking.instruction(sample.question)
+
+    def state(self, sample: Sample) -> Floats | None:
+        """The robot's own state, [S], robot units: the centres of its bins; None where a model is not told
+        of it.
+        """
+        if self._states is None:
+            return None
+        state: Floats = decode(_state_bins(sample.question), self._states[0], self._binning)[0]
+        return state
+
     def _bins(self, sample: Sample) -> Bins:
         bins = text_to_bins(sample.answer, self._shape[1])
         if bins.shape != self._shape:
@@ -81,8 +95,59 @@ class Translation:
         """The question with the robot's state, where it holds one, in the bins that the model knows."""
         if self._states is None or self._states[0] == self._states[1]:
             return question
-        numbers = question.split("\n")[-2].rpartition(":")[2].split()
-        state = self._translated(np.array([numbers], np.int64), *self._states)[0]
+        state = self._translated(_state_bins(question), *self._states)[0]
         return self._asking.question(
             self._asking.instruction(question), question.count(IMAGE), state.tolist()
         )
+
+
+def _state_bins(question: str) -> Bins:
+    """[1, S], from a question that holds them."""
+    numbers = question.split("\n")[-2].rpartition(":")[2].split()
+    return np.array([numbers], np.int64)
+
+
+def refuse_other_tokens(data: tuple[Path, ActionCodec], checkpoint: tuple[Path, ActionCodec]) -> None:
+    """A model can be asked only as it was trained to be, and answers only as it was.
+
+    Args:
+        data: a converted folder and its codec. checkpoint: a model's, and its own.
+
+    Raises: UserError that names what the data has otherwise.
+    """
+    theirs = _tokens(data[1])
+    for what, wanted in _tokens(checkpoint[1]).items():
+        if theirs[what] != wanted:
+            raise UserError(
+                f"{data[0]}: {what} {theirs[what]}, but {checkpoint[0]} was trained with {wanted}; "
+                "convert the data as it was converted for training"
+            )
+
+
+def refuse_other_masks(data: ActionCodec, name: str, codec: ActionCodec, key: str) -> None:
+    """Raises: UserError when a dataset's movements and grippers are not where the model has them."""
+    if data.datasets[name].mask != codec.datasets[key].mask:
+        raise UserError(f"{name}: movements and gripper are not the dimensions that they are in {key}")
+
+
+def other_statistics(data: ActionCodec, name: str, codec: ActionCodec, key: str) -> str:
+    """A warning where a dataset was measured otherwise than the model acts; empty where it was not."""
+    if data.datasets[name] == codec.datasets[key]:
+        return ""
+    return (
+        f"{name}: the data's statistics are not those that the checkpoint acts with; actions outside its "
+        "range count as errors in robot units"
+    )
+
+
+def _tokens(codec: ActionCodec) -> dict[str, str]:
+    """What questions and answers look like, in words."""
+    asking = codec.asking
+    return {
+        "actions of width": str(codec.action_dim),
+        "chunks of": str(codec.chunk),
+        "binning": codec.binning,
+        "cameras": ", ".join(asking.cameras),
+        "the robot's state in the prompt:": "yes" if asking.state else "no",
+        "prompt": repr(asking.template),
+    }

@@ -1,5 +1,5 @@
 """One training run, top to bottom, as each rank executes it. Started by `make train` through
-`train_llava.launch`.
+`train_llava.launch` and `train_llava.rank`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from oxe_mix.files import write_json
 from oxe_mix.text import count, duration
 from train_llava import ranks
 from train_llava.action_tokens import prove_action_tokens
-from train_llava.agent import end_with_parent
 from train_llava.checkpoints import RESUME, Checkpoints, read_about
 from train_llava.config import ERROR_FILE, METRICS_FILE, OVERFIT_FILE, RunConfig, load_config
 from train_llava.data import RankBatches
@@ -36,7 +35,6 @@ from train_llava.metrics_log import Metrics, mean_and_last_loss
 from train_llava.model_card import write_card
 from train_llava.overfit import learnt_share, verdict
 from train_llava.prepare import Options, Prepared, prepare
-from train_llava.quiet import quiet_libraries
 from train_llava.result import REPORT_FILE, publish
 from train_llava.step_end import StepEnd, Stopping
 from train_llava.trainer import MixTrainer, NoLossError, Work, arguments, compile_layers
@@ -144,8 +142,7 @@ def _report(prepared: Prepared, trainer: MixTrainer, seconds: float) -> dict[str
 
 
 def main() -> None:
-    """The entry point of each rank."""
-    end_with_parent()
+    """What a rank does, from its command line on."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--llava", type=Path, required=True)
@@ -158,7 +155,6 @@ def main() -> None:
         args.config, args.llava, args.into, args.check_only, args.overfit_batch, args.weights_only
     )
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(args.into / "tensorboard"))
-    quiet_libraries()
     ranks.join()
     try:
         prepared = prepare(options)
@@ -188,7 +184,3 @@ def _end(run: Path, text: str, code: int) -> None:
     """Leave the error to the launcher. Exit 1: the other ranks, which may wait for this one, end too."""
     write_json(run / ERROR_FILE, {"error": text, "code": code})
     sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
