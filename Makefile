@@ -39,6 +39,8 @@ train: setup
 
 bench: setup
 	@$(BIN)/python -m benchmarks.three_seeds $(SEEDS)
+	@$(BIN)/python -m benchmarks.parallel
+	@$(BIN)/python -m benchmarks.act
 	@$(BIN)/python -m benchmarks.transfer
 	@$(BIN)/python -m benchmarks.convert
 	@$(BIN)/python -m benchmarks.codecs

@@ -50,6 +50,15 @@ def join() -> None:
     _agreeing["cpu"] = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 
+def leave() -> None:
+    """End the connections to the other ranks. Left to the interpreter's end, their threads now and then abort
+    the process: "terminate called without an active exception".
+    """
+    _agreeing.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is so on any rank; all of them must ask."""
     if not _agreeing:

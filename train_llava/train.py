@@ -171,6 +171,7 @@ def main() -> None:
         _end(options.run, f"{what}; {oom_advice(load_config(args.config))}", code=1)
     finally:
         _end_workers()
+        ranks.leave()
 
 
 def _end_workers() -> None:

@@ -82,6 +82,11 @@ class Policy:
         return self.codec.asking.cameras
 
     @property
+    def is_parallel(self) -> bool:
+        """Whether one pass answers all tokens of a chunk."""
+        return self._decoder.is_parallel
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width that images are scaled to."""
         size = self._processor.image_processor.size
