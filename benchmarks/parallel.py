@@ -1,6 +1,6 @@
 """Is an answer from one pass as good as one token by token? The demo trained both ways, on the same episodes.
 
-The run token by token is that of `benchmarks.three_seeds` with the same seed; it is made where it is not there.
+The run token by token is that of `benchmarks.three_seeds` with the same seed, made where it is not there.
 """
 
 from __future__ import annotations

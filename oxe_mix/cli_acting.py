@@ -1,4 +1,4 @@
-"""The commands with which a trained model acts: `oxe-mix act`."""
+"""The commands with which a trained model acts: `oxe-mix act`, `replay` and `serve`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 app = typer.Typer()
+
+_HOST = "127.0.0.1"
 
 Checkpoint = Annotated[Path, typer.Option(help="Folder that make train wrote, or one of its checkpoints.")]
 UnnormKey = Annotated[
@@ -74,3 +76,75 @@ def act(
         loading=Loading(device, dtype, quantize, temperature, cuda_graph),
     )
     raise typer.Exit(run_act(options))
+
+
+@app.command()
+def replay(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="Folder that convert wrote.")] = Path("llava"),
+    episode: Annotated[
+        str | None, typer.Option(help="As in the conversations' ids: viola/train/0/3; else the first.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="val: held-out episodes; or train.")] = "val",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for picture and JSON; else CHECKPOINT/replay.")
+    ] = None,
+    unnorm_key: Annotated[
+        str | None, typer.Option(help="Act with the checkpoint's statistics of this dataset.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Replay a recorded episode by the path that a robot is served by, beside what was recorded."""
+    from train_llava.acting.replay_command import ReplayOptions, run_replay
+
+    raise typer.Exit(run_replay(ReplayOptions(checkpoint, data, episode, part, out, unnorm_key, device)))
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    host: Annotated[
+        str, typer.Option(help="Address; another than this machine's own needs --token.")
+    ] = _HOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    token: Annotated[
+        str | None, typer.Option(envvar="OXE_MIX_TOKEN", help="What clients must know.", show_default=False)
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Web page that may ask: https://robot.example. Again: another.")
+    ] = None,
+    obs_keys: Annotated[Path | None, typer.Option(help="YAML: other names for a request's fields.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Robots that are answered together.")] = 1,
+    limits: Annotated[Path | None, typer.Option(help="YAML; else each dataset's recorded range.")] = None,
+    on_violation: Annotated[
+        Literal["clamp", "reject"], typer.Option(help="Send the nearest action allowed, or an error.")
+    ] = "clamp",
+    max_message_mb: Annotated[int, typer.Option(min=1, help="Of a request.")] = 16,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of an image.")] = 4 * 2**20,
+    max_text: Annotated[int, typer.Option(min=1, help="Characters of an instruction.")] = 1000,
+    max_connections: Annotated[int, typer.Option(min=1, help="Robots at a time.")] = 64,
+    device: Device = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
+    temperature: Temperature = None,
+    cuda_graph: CudaGraph = False,
+) -> None:
+    """Answer robots over a socket, as openpi's policy server and OpenVLA's do."""
+    from train_llava.acting.incoming import Caps
+    from train_llava.acting.load import Loading
+    from train_llava.acting.serve_command import ServeOptions, run_serve
+
+    options = ServeOptions(
+        checkpoint=checkpoint,
+        host=host,
+        port=port,
+        token=token,
+        allow_origins=tuple(allow_origin or ()),
+        obs_keys=obs_keys,
+        max_batch=max_batch,
+        limits=limits,
+        on_violation=on_violation,
+        caps=Caps(max_message_mb * 2**20, max_pixels, max_text, max_connections),
+        loading=Loading(device, dtype, quantize, temperature, cuda_graph),
+    )
+    raise typer.Exit(run_serve(options))

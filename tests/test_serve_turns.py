@@ -1,0 +1,150 @@
+"""Many who ask one model: in which turn, together or alone, and what becomes of those who do not wait."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosedError
+
+from tests.serving import (
+    FRAME,
+    REQUEST,
+    Served,
+    Setting,
+    SlowPolicy,
+    ask,
+    decoded,
+    http,
+    served,
+    tiny_policy,
+    write_checkpoint,
+)
+from train_llava.acting.msgpack_numpy import pack
+from train_llava.acting.observation import Observation
+from train_llava.acting.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("serve") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint: Path) -> Policy:
+    return tiny_policy(checkpoint)
+
+
+def test_with_one_at_a_time_everyone_gets_the_same_share(checkpoint: Path, policy: Policy) -> None:
+    served_to: dict[str, int] = {}
+    with served(checkpoint, SlowPolicy(policy, 0.002)) as running:
+        deadline = time.monotonic() + 1.5
+
+        def keep_asking(name: str) -> None:
+            with running.connect() as socket:
+                socket.recv()
+                served_to[name] = 0
+                while time.monotonic() < deadline:
+                    assert "actions" in ask(socket, REQUEST)
+                    served_to[name] += 1
+
+        threads = [threading.Thread(target=keep_asking, args=(f"{i}",)) for i in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(served_to) == 5
+    assert min(served_to.values()) >= 3
+    assert max(served_to.values()) - min(served_to.values()) <= 2
+
+
+def test_what_waits_is_answered_together_as_it_is_alone(checkpoint: Path, policy: Policy) -> None:
+    slow = SlowPolicy(policy, 0.3)
+    prompts = [
+        f"pick up the {word}" for word in ("red block", "green one", "a", "very large blue block there")
+    ]
+
+    def one(running: Served, prompt: str) -> Any:
+        with running.connect() as socket:
+            socket.recv()
+            return ask(socket, REQUEST | {"prompt": prompt})["actions"]
+
+    with served(checkpoint, slow, Setting(max_batch=8)) as running, ThreadPoolExecutor(5) as pool:
+        first = pool.submit(one, running, "go")
+        while not slow.batches:
+            time.sleep(0.01)
+        rest = [pool.submit(one, running, prompt) for prompt in prompts]
+        together = [future.result() for future in rest]
+        first.result()
+        batches = re.findall(
+            r'oxe_mix_batch_size_bucket{le="(\d+)"} (\d+)', http(running.port, "/metrics")[1]
+        )
+    assert [len(batch) for batch in slow.batches] == [1, 4]
+    assert dict(batches)["1"] == "1"
+    assert dict(batches)["4"] == "2"
+    assert len({actions.tobytes() for actions in together}) >= 3
+    for prompt, actions in zip(prompts, together, strict=True):
+        alone = policy.answer([policy.question(Observation({"primary": FRAME}, prompt, "viola"))])[0].actions
+        assert (actions == alone.astype(np.float32)).all()
+
+
+def test_a_question_that_breaks_the_model_takes_no_other_with_it(
+    checkpoint: Path, policy: Policy, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = SlowPolicy(policy, 0.2)
+
+    def one(running: Served, prompt: str) -> Any:
+        with running.connect() as socket:
+            socket.recv()
+            return ask(socket, REQUEST | {"prompt": prompt})
+
+    with served(checkpoint, slow, Setting(max_batch=8)) as running, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(one, running, "go")
+        while not slow.batches:
+            time.sleep(0.01)
+        broken, fine = pool.submit(one, running, "break the model"), pool.submit(one, running, "go on")
+        assert broken.result() == "server: could not answer; its log says why"
+        assert "actions" in fine.result()
+        assert "actions" in first.result()
+        assert http(running.port, "/healthz")[0] == 200
+        one(running, "break the model")
+        assert http(running.port, "/healthz")[0] == 503
+        one(running, "go on")
+        assert http(running.port, "/healthz")[0] == 200
+    assert "secret of the server" in caplog.text
+
+
+def test_who_leaves_is_not_asked_for(checkpoint: Path, policy: Policy) -> None:
+    slow = SlowPolicy(policy, 0.3)
+    with served(checkpoint, slow) as running, running.connect() as patient:
+        patient.recv()
+        patient.send(pack(REQUEST))
+        with running.connect() as hasty:
+            hasty.recv()
+            hasty.send(pack(REQUEST | {"prompt": "forget this"}))
+            time.sleep(0.05)
+        assert "actions" in decoded(patient.recv())
+        assert "actions" in ask(patient, REQUEST)
+    assert not any("forget" in text for batch in slow.batches for text in batch)
+
+
+def test_to_ask_on_and_on_without_waiting_ends_the_connection(checkpoint: Path, policy: Policy) -> None:
+    with served(checkpoint, SlowPolicy(policy, 0.3)) as running:
+        with running.connect() as socket:
+            socket.recv()
+            for _ in range(2):  # one too early is answered in its turn
+                socket.send(pack(REQUEST))
+            assert "actions" in decoded(socket.recv())
+            assert "actions" in decoded(socket.recv())
+            for _ in range(3):
+                socket.send(pack(REQUEST))
+            with pytest.raises(ConnectionClosedError, match=r"1008.*wait for an answer"):
+                deque(socket, maxlen=0)
+        assert running.server.tally.errors == {"order": 1}
