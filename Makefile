@@ -50,6 +50,7 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python -m tests.check_links
 
 golden: setup
 	@$(BIN)/python -m pytest tests -k golden --rewrite-golden

@@ -45,6 +45,8 @@ def test_the_readme_shows_only_commands_that_are_run_here() -> None:
         ["oxe-mix", "check"],
         ["make", "train"],
         ["oxe-mix", "eval"],
+        ["oxe-mix", "act"],
+        ["oxe-mix", "replay"],
         ["oxe-mix", "convert"],
     ]
 
@@ -57,7 +59,11 @@ def workplace(tiny_config: Path, llava: Path, tmp_path_factory: pytest.TempPathF
         (folder / name).symlink_to(ROOT / name)
     (folder / "train_llava/configs").mkdir(parents=True)
     shutil.copy(tiny_config, folder / "train_llava/configs/tiny-cpu.yaml")
-    shutil.copy(next((llava / "images/viola").rglob("*.jpg")), folder / "camera.jpg")
+    pictures = sorted((llava / "images/viola").rglob("*.jpg"))
+    shutil.copy(pictures[0], folder / "camera.jpg")
+    (folder / "frames").mkdir()
+    for picture in pictures[:2]:
+        shutil.copy(picture, folder / "frames")
     return folder
 
 
@@ -76,7 +82,7 @@ def _run_shown(command: str, folder: Path, *more: str) -> str:
 
 def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, bucket26: Path) -> None:
     _, _, download, convert, train, act, list_all, show, check, dry_run, *others = _commands()
-    with_budget, verify, to_tars, check_tars, check_only, score, _ = others
+    with_budget, verify, to_tars, check_tars, check_only, score, act_on_all, replay, _ = others
     assert "66 datasets" in _run_shown(list_all, workplace)
     assert "filter_success" in _run_shown(show, workplace)
     assert "fmb" in _run_shown(check, workplace)
@@ -92,6 +98,8 @@ def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, 
     _run_shown(train, workplace)
     assert "checked; nothing was trained" in _run_shown(check_only, workplace)
     assert "result: runs/first/eval-llava.json" in _run_shown(score, workplace)
+    assert "2 answers" in _run_shown(act_on_all, workplace)
+    assert "next: oxe-mix serve --checkpoint runs/first" in _run_shown(replay, workplace)
     record = json.loads(_run_shown(act, workplace))
     assert record["unnorm_key"] == "bridge_orig"
     assert len(record["actions"][0]) == 7
