@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import typer
 
-from oxe_mix.cli import run_app
 from oxe_mix.cli_acting import act
+from oxe_mix.run_app import run_app
 
 
 def main() -> None:

@@ -5,22 +5,17 @@ here.
 from __future__ import annotations
 
 import logging
-import re
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from oxe_mix import __version__
 from oxe_mix.cli_acting import app as acting_app
 from oxe_mix.cli_models import app as models_app
-from oxe_mix.errors import UserError
-from oxe_mix.interrupt import end_at_once
+from oxe_mix.completion import dataset_names, mix_names
+from oxe_mix.run_app import run_app
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Open X-Embodiment fractions in, a vision-language-action model out.",
@@ -31,7 +26,10 @@ app.add_typer(mix_app, name="mix")
 app.add_typer(models_app)
 app.add_typer(acting_app)
 
-Mix = Annotated[Path, typer.Option(help="Mix file; a bare name is looked up in mixtures/.")]
+Mix = Annotated[
+    Path,
+    typer.Option(help="Mix file; a bare name is looked up in mixtures/.", autocompletion=mix_names),
+]
 CardsFolder = Annotated[Path | None, typer.Option("--cards", help="Folder with your own dataset cards.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Workers = Annotated[
@@ -105,7 +103,7 @@ def convert(
         Path | None, typer.Option(help="Mix file; if not given, the one that was downloaded.")
     ] = None,
     data: Annotated[
-        list[Path] | None, typer.Option(help="Folder of RLDS datasets [default: data]. Again: another one.")
+        list[Path] | None, typer.Option(help="Folder of RLDS datasets; else data. Again: another one.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for conversations, images and the action codec.")] = Path(
         "llava"
@@ -130,7 +128,7 @@ def convert(
     binning: Annotated[str, typer.Option(help="uniform256, or openvla255.")] = "uniform256",
     chunk: Annotated[int, typer.Option(min=1, max=256, help="Actions per answer.")] = 1,
     chunk_end: Annotated[
-        str | None, typer.Option(help="Past an episode's end: repeat, neutral or drop [default: the card's].")
+        str | None, typer.Option(help="Past an episode's end: repeat, neutral or drop; else the card's.")
     ] = None,
     stride: Annotated[int, typer.Option(min=1, help="Every how many steps one is taken.")] = 1,
     steps_per_episode: Annotated[int | None, typer.Option(min=1, help="A seeded sample of so many.")] = None,
@@ -235,7 +233,9 @@ def synth(
 
 @app.command()
 def datasets(
-    name: Annotated[str | None, typer.Argument(help="One dataset, by its name or an alias.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One dataset, by its name or an alias.", autocompletion=dataset_names)
+    ] = None,
     as_json: AsJson = False,
     cards: CardsFolder = None,
 ) -> None:
@@ -247,7 +247,10 @@ def datasets(
 
 @mix_app.command()
 def check(
-    mix: Annotated[Path, typer.Argument(help="Mix file; a bare name is looked up in mixtures/.")],
+    mix: Annotated[
+        Path,
+        typer.Argument(help="Mix file; a bare name is looked up in mixtures/.", autocompletion=mix_names),
+    ],
     as_json: AsJson = False,
     cards: CardsFolder = None,
 ) -> None:
@@ -258,47 +261,24 @@ def check(
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Versions, hashes of code and cards.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="What libraries say; tracebacks.")] = False,
+) -> None:
+    if verbose:
+        logging.getLogger().setLevel(logging.INFO)
     if version:
-        typer.echo(f"oxe-mix {__version__}")
-        raise typer.Exit
+        from oxe_mix.fingerprint import fingerprint
+
+        typer.echo(fingerprint())
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
-    """Run the command; a mistake of the user's is one line and exit 2, a bug of ours keeps its traceback."""
+    """The `oxe-mix` command."""
     run_app(app)
-
-
-def run_app(commands: typer.Typer) -> None:
-    """The same for other commands than `oxe-mix`."""
-    _set_up_logging()
-    signal.signal(signal.SIGINT, end_at_once)
-    try:
-        _refuse_empty(sys.argv[1:])
-        commands()
-    except UserError as error:
-        from oxe_mix.text import complain
-
-        complain(str(error))
-        sys.exit(2)
-
-
-def _refuse_empty(words: list[str]) -> None:
-    """An empty word is a shell variable that was not set: `--out ""` would be the working folder."""
-    for before, word in zip(["the command", *words], words, strict=False):
-        if word == "--":
-            return
-        if not word or re.fullmatch(r"--[a-z-]+=", word):
-            name = word.rstrip("=") or before
-            raise UserError(f"{name}: followed by nothing; is a shell variable not set?")
-
-
-def _set_up_logging() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # gcsfs logs what it raises, with a traceback; we say it in a line.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    # Beam warns at import that its optional Google Cloud extras are not installed; no stage uses them.
-    logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def evaluate(
 def export(
     checkpoint: Annotated[Path, typer.Option(help="Run, or checkpoint of one, that was trained with LoRA.")],
     out: Annotated[Path, typer.Option(help="Folder for the model; a new or an empty one.")],
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32 [default: the base's].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; else the base's.")] = None,
 ) -> None:
     """Merge adapters into their base: a whole model that stock transformers loads, proved to be the same."""
     from train_llava.export import run_export

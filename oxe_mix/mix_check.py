@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def report_text(report: MixReport) -> str:
             *_corrected(report.shares),
             *(f"warning: {line}" for line in report.warnings),
             f"{report.file}: sound, {count(len(report.warnings), 'warning')}",
-            f"next: oxe-mix download --mix {report.file} --dry-run",
+            f"next: oxe-mix download --mix {shlex.quote(str(report.file))} --dry-run",
         ]
     )
 

@@ -6,6 +6,7 @@ depends on the source alone, so the same source gives the same bytes, whatever w
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -293,6 +294,7 @@ def _summary(plan: _Plan, done: _Written, seconds: float) -> str:
             f"asked {count(plan.num_episodes, 'episode')}, packed {done.episodes:,}: {count(steps, 'step')}, "
             f"{size(sum(done.num_bytes.values()))}, {seconds:.1f} s",
             f"result: {plan.target}",
-            f"next: oxe-mix convert --data {options.out} --cards {options.card.parent} --out llava",
+            f"next: oxe-mix convert --data {shlex.quote(str(options.out))} "
+            f"--cards {shlex.quote(str(options.card.parent))} --out llava",
         ]
     )

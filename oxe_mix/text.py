@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+
+_RED, _YELLOW = 31, 33
 
 
 def size(num_bytes: float) -> str:
@@ -46,10 +49,16 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """One `error: …` line on stderr for each line of a message."""
     for line in text.splitlines():
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"{_painted('error:', _RED)} {line}", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """One `warning: …` line on stderr for each line of a message."""
     for line in text.splitlines():
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        print(f"{_painted('warning:', _YELLOW)} {line}", file=sys.stderr, flush=True)
+
+
+def _painted(word: str, colour: int) -> str:
+    """Coloured on a terminal, plain anywhere else and where NO_COLOR is set (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    return word if plain else f"\033[1;{colour}m{word}\033[0m"

@@ -74,7 +74,8 @@ def test_a_client_is_first_told_what_it_needs_to_know(server: Served, checkpoint
 
 
 def test_what_no_card_says_is_unknown(tmp_path: Path, policy: Policy) -> None:
-    bare = write_checkpoint(tmp_path / "bare", state=True)
+    joints = "berkeley_mvp_converted_externally_to_rlds"  # its card has another encoding than an arm's
+    bare = write_checkpoint(tmp_path / "bare", state=True, robots=("bridge_orig", joints, "viola"))
     (bare / "cards" / "viola.yaml").unlink()
     with served(bare, tiny_policy(bare)) as running, running.connect() as socket:
         told = decoded(socket.recv())
@@ -82,6 +83,8 @@ def test_what_no_card_says_is_unknown(tmp_path: Path, policy: Policy) -> None:
     assert told["action_names"] == "unknown"
     assert told["robots"]["viola"]["robot"] == told["robots"]["viola"]["control_hz"] == "unknown"
     assert told["robots"]["bridge_orig"]["action_names"] != "unknown"
+    assert told["robots"][joints]["robot"] != "unknown"
+    assert told["robots"][joints]["action_names"] == "unknown"
     assert (told["wants_state"], told["robots"]["viola"]["state_width"]) == (True, 8)
     assert refused == "state: missing; give [8] in robot units"
 
@@ -199,7 +202,8 @@ def test_a_jump_is_measured_from_what_the_same_client_was_sent(checkpoint: Path,
         two.recv()
         first, other = ask(one, REQUEST), ask(one, changed)
         alone = ask(two, changed)
-    assert alone["clamped"] == []
+        another_robot = ask(one, changed | {"unnorm_key": "bridge_orig"})
+    assert alone["clamped"] == another_robot["clamped"] == []
     assert (alone["actions"] != first["actions"]).any()
     assert {one["rule"] for one in other["clamped"]} == {"jump"}
     assert np.abs(other["actions"] - first["actions"])[0, :6].max() <= 1.01e-4

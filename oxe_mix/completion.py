@@ -1,0 +1,23 @@
+"""What a shell may complete: names that are known without reading any data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+
+def mix_names(incomplete: str) -> list[str]:
+    """Files in mixtures/ that begin so."""
+    return _names(_HERE.parent / "mixtures", incomplete, ".yaml")
+
+
+def dataset_names(incomplete: str) -> list[str]:
+    """Datasets with a card that begin so."""
+    return _names(_HERE / "cards", incomplete, "")
+
+
+def _names(folder: Path, incomplete: str, ending: str) -> list[str]:
+    return sorted(
+        f"{file.stem}{ending}" for file in folder.glob("*.yaml") if file.stem.startswith(incomplete)
+    )
