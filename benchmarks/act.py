@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.acting_models import SMALL, Ours, Shape, Spent, Usual
+from benchmarks.acting_models import NARROW, WIDE, Ours, Shape, Spent, Usual
 from benchmarks.results import write_result
 from oxe_mix.text import say, table
 from train_llava.quiet import quiet_libraries
@@ -25,7 +25,8 @@ Answer = Callable[[Image.Image], Spent]
 def main() -> None:
     """Measure, print and record."""
     quiet_libraries()
-    figures = measure(SMALL, torch.device("cpu"), torch.float32, rounds=15)
+    shapes = (NARROW, WIDE)
+    figures = {shape.name: measure(shape, torch.device("cpu"), torch.float32, rounds=15) for shape in shapes}
     say(f"result: {write_result('act-cpu', _PACKAGES, figures)}")
 
 
@@ -39,6 +40,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int)
         f"one pass, chunk {_CHUNK}": (parallel.answer, _CHUNK),
     }
     weights = sum(weight.numel() for weight in ours.model.parameters())
+    say(f"\n{shape.name}: {weights / 1e6:.1f} M weights")
     found: dict[str, Any] = {"weights": weights, "device": str(device), "dtype": str(dtype), "rounds": rounds}
     for name, (height, width) in _SIZES.items():
         pixels = np.random.default_rng(0).integers(0, 256, (rounds + 2, height, width, 3), np.uint8)

@@ -45,10 +45,14 @@ class Shape:
     tower_layers: int
     tower_heads: int
     tower_intermediate: int
+    tied: bool
 
 
-SMALL = Shape("49 M", 512, 8, 8, 8, 2048, 4096, 384, 6, 6, 1536)
-TRUE_7B = Shape("7B", 3584, 28, 28, 4, 18_944, 152_064, 1152, 26, 16, 4304)
+# The 0.5B's depths, its vocabulary and its tied head, all widths divided by 5.6.
+NARROW = Shape("narrow", 160, 24, 10, 2, 868, 152_192, 208, 26, 8, 768, tied=True)
+# Few and wide layers, a small vocabulary.
+WIDE = Shape("wide", 512, 8, 8, 8, 2048, 4096, 384, 6, 6, 1536, tied=False)
+TRUE_7B = Shape("7B", 3584, 28, 28, 4, 18_944, 152_064, 1152, 26, 16, 4304, tied=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +182,9 @@ def _build(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[OneV
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=shape.tied,
         ),
+        tie_word_embeddings=shape.tied,
         image_token_index=token_id(tokenizer, IMAGE),
         video_token_index=token_id(tokenizer, VIDEO),
         image_grid_pinpoints=_GRID,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.act import measure
-from benchmarks.acting_models import SMALL, TRUE_7B
+from benchmarks.acting_models import NARROW, TRUE_7B
 from benchmarks.results import write_result
 from oxe_mix.text import complain, say
 from train_llava.quiet import quiet_libraries
@@ -31,7 +31,7 @@ def main() -> None:
         raise SystemExit(2)
     quiet_libraries()
     if args.dry:
-        measure(SMALL, torch.device("cpu"), torch.float32, rounds=1)
+        measure(NARROW, torch.device("cpu"), torch.float32, rounds=1)
         figures: dict[str, Any] = {
             "measured": False,
             "why": "not measured: no GPU; the same way was gone on a CPU",

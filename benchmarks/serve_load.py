@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from websockets.sync.client import ClientConnection, connect
 
 from benchmarks.results import write_result
@@ -45,12 +47,10 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = write_checkpoint(Path(scratch) / "tiny", robots=("viola",))
-        overhead = _overhead(checkpoint, args.asks)
+        found: dict[str, Any] = {"load_average_before": round(os.getloadavg()[0], 2)}  # others' work
+        found["overhead"] = _overhead(checkpoint, args.asks)
         with command(checkpoint, "--max-connections", str(args.clients)) as server:
-            found = {
-                "overhead": overhead,
-                "load": _load(server.port, args.clients, args.seconds),
-            }
+            found["load"] = _load(server.port, args.clients, args.seconds)
     say(json.dumps(found, indent=1))
     say(f"result: {write_result('serve-load', _PACKAGES, found)}")
 
@@ -106,6 +106,7 @@ class _TimedPolicy:
 
 def _serve_timed(checkpoint: Path, client: Any) -> None:
     """In a process of its own, until the client says so; then it is told the times."""
+    torch.set_num_threads(1)  # as `command` has it
     policy = _TimedPolicy(tiny_policy(checkpoint))
     with served(checkpoint, cast(Policy, policy)) as running:
         client.send(running.port)

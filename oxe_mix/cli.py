@@ -12,6 +12,7 @@ import typer
 
 from oxe_mix.cli_acting import app as acting_app
 from oxe_mix.cli_models import app as models_app
+from oxe_mix.cli_report import app as report_app
 from oxe_mix.completion import dataset_names, mix_names
 from oxe_mix.run_app import run_app
 
@@ -25,6 +26,7 @@ mix_app = typer.Typer(no_args_is_help=True, help="Mixes: which datasets, and how
 app.add_typer(mix_app, name="mix")
 app.add_typer(models_app)
 app.add_typer(acting_app)
+app.add_typer(report_app)
 
 Mix = Annotated[
     Path,

@@ -8,7 +8,7 @@ Source: tensorflow/core/lib/io/record_writer.h.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -196,6 +196,65 @@ def scan_records(stream: BinaryIO, name: str) -> Iterator[Record | Damage]:
             wrong = TFRecordError(f"{_where(name, number, offset)}: {_WRONG_DATA}")
             yield Damage(number, offset, wrong, rest=False)
         number, offset = number + 1, offset + FRAME_BYTES + length
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPlace:
+    """Where a record lies; equal records have equal lengths and checksums."""
+
+    number: int
+    offset: int
+    num_bytes: int  # of the payload
+    payload_crc: int  # masked, as it stands in the file; proved only by who reads the record
+
+
+def find_records(stream: BinaryIO, name: str) -> Iterator[RecordPlace]:
+    """Where the records of a file lie: their payloads are passed over, not read.
+
+    Raises: TFRecordError for a length whose checksum is wrong, and when the file ends inside a record.
+    """
+    number, offset = 0, 0
+    while header := stream.read(_HEADER.size):
+        if len(header) < _HEADER.size:
+            _refuse_strangers(number, header, name)
+            raise TFRecordError(f"{_where(name, number, offset)}: the file ends inside the record's header")
+        length = _payload_length(header, _where(name, number, offset), number, name)
+        stream.seek(length, 1)
+        footer = stream.read(_FOOTER.size)
+        if len(footer) < _FOOTER.size:
+            raise TFRecordError(f"{_where(name, number, offset)}: the file ends inside the record")
+        yield RecordPlace(number, offset, length, _FOOTER.unpack(footer)[0])
+        number, offset = number + 1, offset + FRAME_BYTES + length
+
+
+def read_payload(stream: BinaryIO, place: RecordPlace, name: str) -> bytes:
+    """The payload of a record that `find_records` found. Raises: TFRecordError when its checksum is wrong."""
+    stream.seek(place.offset + _HEADER.size)
+    payload = stream.read(place.num_bytes)
+    if _masked_crc(payload) != place.payload_crc:
+        raise TFRecordError(f"{_where(name, place.number, place.offset)}: {_WRONG_DATA}")
+    return payload
+
+
+def pick_records(stream: BinaryIO, name: str, numbers: Collection[int]) -> Iterator[Record]:
+    """The records with these numbers, in the file's order; others are passed over by their lengths, unread.
+
+    Raises: TFRecordError for one of them, or a length before it, that is cut off or fails a checksum.
+    """
+    number, offset = 0, 0
+    while number <= max(numbers, default=-1):
+        header = stream.read(_HEADER.size)
+        where = _where(name, number, offset)
+        if len(header) < _HEADER.size:
+            raise TFRecordError(f"{where}: the file ends before the record; fetch it again")
+        length = _payload_length(header, where, number, name)
+        if number in numbers:
+            payload, footer = stream.read(length), stream.read(_FOOTER.size)
+            if len(footer) < _FOOTER.size or _masked_crc(payload) != _FOOTER.unpack(footer)[0]:
+                raise TFRecordError(f"{where}: {_WRONG_DATA}")
+            yield Record(number, offset, header, payload, footer)
+        number, offset = number + 1, offset + FRAME_BYTES + length
+        stream.seek(offset)
 
 
 def _where(name: str, number: int, offset: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import socket
@@ -233,6 +234,7 @@ def command(checkpoint: Path, *words: str) -> Iterator[Command]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads only wait for each other at a tiny model
     )
     try:
         said = _until_ready(cast(IO[str], process.stdout))

@@ -14,6 +14,7 @@ from convert.prompt import Asking, question
 from convert.statistics import action_stats
 from oxe_mix.errors import UserError
 from train_llava.action_tokens import own_ids, prove_action_tokens
+from train_llava.attention import visible
 from train_llava.config import ModelConfig, TinyModel
 from train_llava.data import Tokenized, collate
 from train_llava.decode import ActionDecoder, Prediction, Sampling
@@ -21,7 +22,7 @@ from train_llava.loading import load_or_build
 from train_llava.model import OneViewLlava
 from train_llava.processor import OneViewProcessor, View
 from train_llava.prompt_cache import PromptCache
-from train_llava.slots import slot_ids, visible
+from train_llava.slots import slot_ids
 
 QUESTIONS = [question(f"pick up the {color} block") for color in ("red", "green", "blue", "yellow")]
 STATS = action_stats(

@@ -43,6 +43,7 @@ def test_the_readme_shows_only_commands_that_are_run_here() -> None:
         ["oxe-mix", "verify"],
         ["oxe-mix", "convert"],
         ["oxe-mix", "check"],
+        ["oxe-mix", "report"],
         ["make", "train"],
         ["oxe-mix", "eval"],
         ["oxe-mix", "act"],
@@ -82,7 +83,7 @@ def _run_shown(command: str, folder: Path, *more: str) -> str:
 
 def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, bucket26: Path) -> None:
     _, _, download, convert, train, act, list_all, show, check, dry_run, *others = _commands()
-    with_budget, verify, to_tars, check_tars, check_only, score, act_on_all, replay, _ = others
+    with_budget, verify, to_tars, check_tars, look, check_only, score, act_on_all, replay, _ = others
     assert "66 datasets" in _run_shown(list_all, workplace)
     assert "filter_success" in _run_shown(show, workplace)
     assert "fmb" in _run_shown(check, workplace)
@@ -95,6 +96,7 @@ def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, 
     assert _run_shown(to_tars, workplace).count("(3.8%)") == 26  # of the weight, each
     assert "0 problems" in _run_shown(check_tars, workplace)
     _run_shown(convert, workplace)
+    assert "llava/report.html" in _run_shown(look, workplace)
     _run_shown(train, workplace)
     assert "checked; nothing was trained" in _run_shown(check_only, workplace)
     assert "result: runs/first/eval-llava.json" in _run_shown(score, workplace)
@@ -202,6 +204,14 @@ def test_the_readmes_scores_are_the_recorded_ones() -> None:
         assert [float(figure) for figure in figures] == [round(l1[name], 3) for name in order]
         assert float(ratio) == round(l1["model"] / l1["mean_action"], 2) <= 0.6
         assert l1["shuffled_images"] > l1["mean_action"]
+
+
+def test_the_readmes_accuracies_of_both_ways_of_decoding_are_the_recorded_ones() -> None:
+    reports = json.loads((ROOT / "benchmarks/results/2026-11-21-parallel.json").read_text())["reports"]
+    exact = {way: report["held_out"]["accuracy"]["model"]["exact"] for way, report in reports.items()}
+    text = f"{exact['one pass']:.1%} exact bins, token by token {exact['token by token']:.1%}"
+    assert text.replace("%", " %") in README
+    assert exact["one pass"] > exact["token by token"] - 0.02
 
 
 def test_the_readmes_rates_of_conversion_are_the_recorded_ones() -> None:

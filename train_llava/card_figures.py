@@ -13,12 +13,11 @@ from oxe_mix.text import count, duration, size
 from train_llava.batch import plan_batch
 from train_llava.card_source import CardSource, left_out
 from train_llava.config import METRICS_FILE, PARTS, RunConfig
+from train_llava.dimensions import ARM
 from train_llava.markdown import code, items, plain, table
 from train_llava.metrics import rows
 from train_llava.result import CONFIG_FILE, DATA_MANIFEST, REPORT_FILE, VERSIONS_FILE
 
-# What EEF_POS on a card means.
-ARM = ("x", "y", "z", "rotation 1", "rotation 2", "rotation 3", "gripper")
 # Of the four policies the two that a reader compares dimension by dimension; evaluation.json has all.
 _BY_DIMENSION = ("model", "mean_action")
 _STATISTICS = {"all": "all episodes", "train": "the training episodes alone"}

@@ -5,8 +5,7 @@ them from that one pass where the model was trained with slots; batched, with a 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,11 +20,12 @@ from transformers import StaticCache
 from convert.action_codec import NUM_BINS, ActionCodec, Bins
 from convert.prompt import IMAGE
 from train_llava.action_tokens import prove_action_tokens
+from train_llava.attention import masked, unpadded, visible
 from train_llava.cuda_graph import GraphedStep
 from train_llava.model import OneViewLlava
 from train_llava.processor import OneViewProcessor, View
 from train_llava.prompt_cache import PromptCache
-from train_llava.slots import check_slots, slot_ids, visible
+from train_llava.slots import check_slots, slot_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,14 @@ class Prediction:
 class _Batch:
     """A batch on the model's device.
 
-    ids: [B, L], padded on the left. first: [B], where each row begins. possible: bool [B, A x H, 256].
+    ids: [B, L], padded on the left. first: [B], where each row begins. is_padded: whether any row is.
+    possible: bool [B, A x H, 256].
     noise: float32 [B, A x H, 256], where bins are drawn.
     """
 
     ids: Tensor
     first: Tensor
+    is_padded: bool
     frames: dict[str, Tensor]
     possible: Tensor
     noise: Tensor | None
@@ -135,8 +137,9 @@ class ActionDecoder:
         was_training = self._model.training
         self._model.eval()
         try:
-            with torch.inference_mode(), _sdpa(self._model):
-                batch = self._batch(prompts, views, unnorm_keys, sampling)
+            batch = self._batch(prompts, views, unnorm_keys, sampling)
+            attending = masked if batch.is_padded else unpadded
+            with torch.inference_mode(), attending(self._model.model.language_model):
                 picked, times, reused = self._answer(prompts, batch, temperature)
         finally:
             self._model.train(was_training)
@@ -176,6 +179,7 @@ class ActionDecoder:
         return _Batch(
             torch.tensor(ids, device=device),
             torch.tensor([length - len(prompt) for prompt in prompts], device=device),
+            min(map(len, prompts)) < length,
             {name: torch.from_numpy(value).to(device) for name, value in frames.items()},
             self._possible(unnorm_keys),
             noise,
@@ -202,7 +206,7 @@ class ActionDecoder:
         if not self._slots:
             assert cache is not None
             for i in range(1, self._codec.tokens_per_answer):
-                hidden = self._step(picked[-1].bins, batch.first, batch.ids.shape[1] + i - 1, cache)
+                hidden = self._step(picked[-1].bins, batch, batch.ids.shape[1] + i - 1, cache)
                 picked.append(self._pick(hidden, batch, i, temperature))
         parts = [torch.cat([getattr(one, name) for one in picked], dim=1) for name in _Picked.__slots__]
         times = ((middle - start) * 1000, (self._now() - middle) * 1000)
@@ -220,33 +224,40 @@ class ActionDecoder:
         """Hidden states of the prompt from `start` on, [B, L - start, D]."""
         rows, length = batch.ids.shape
         places = torch.arange(start, length, device=batch.ids.device)
-        reach = places.clone()
-        if self._slots:
-            reach[-len(self._slots) :] = length - 1
-        seen = None
-        if start or self._slots or batch.first.any():
+        attending: dict[str, Any] = {"num_keys": length, "num_slots": len(self._slots)}
+        if batch.is_padded:
+            reach = places.clone()
+            if self._slots:
+                reach[-len(self._slots) :] = length - 1
             num_keys = length if cache is None else cache.get_max_length()
-            seen = visible(batch.first, reach.expand(rows, -1), num_keys, start)
+            attending = {"seen": visible(batch.first, reach.expand(rows, -1), num_keys, start)}
         hidden: Tensor = self._model.hidden_states(
             batch.ids[:, start:],
             **batch.frames,
-            seen=seen,
+            **attending,
             position_ids=(places - batch.first[:, None]).clamp(min=0),
             past_key_values=cache,
             use_cache=cache is not None,
         ).last_hidden_state
         return hidden
 
-    def _step(self, bins: Tensor, first: Tensor, place: int, cache: StaticCache) -> Tensor:
+    def _step(self, bins: Tensor, batch: _Batch, place: int, cache: StaticCache) -> Tensor:
         """Hidden states [B, 1, D] of the token that was picked last, which stands at `place`."""
-        reach = torch.full((len(first), 1), place, device=first.device)
-        seen = visible(first, reach, cache.get_max_length(), place)
-        inputs = (self._action_ids[bins], reach - first[:, None], seen)
-        return self._pass(*inputs, cache) if self._graph is None else self._graph(*inputs, cache)
+        reach = torch.full((len(bins), 1), place, device=bins.device)
+        ids, positions = self._action_ids[bins], reach - batch.first[:, None]
+        if self._graph is None and not batch.is_padded:
+            return self._pass(ids, positions, None, cache, num_keys=place + 1, num_slots=0)
+        seen = visible(batch.first, reach, cache.get_max_length(), place)
+        if self._graph is None:
+            return self._pass(ids, positions, seen, cache)
+        with masked(self._model.model.language_model):  # what is recorded cannot grow with the prompt
+            return self._graph(ids, positions, seen, cache)
 
-    def _pass(self, ids: Tensor, positions: Tensor, seen: Tensor, cache: StaticCache) -> Tensor:
+    def _pass(
+        self, ids: Tensor, positions: Tensor, seen: Tensor | None, cache: StaticCache, **attending: Any
+    ) -> Tensor:
         hidden: Tensor = self._model.hidden_states(
-            ids, seen=seen, position_ids=positions, past_key_values=cache, use_cache=True
+            ids, seen=seen, position_ids=positions, past_key_values=cache, use_cache=True, **attending
         ).last_hidden_state
         return hidden
 
@@ -273,18 +284,3 @@ class ActionDecoder:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
         return time.perf_counter()
-
-
-@contextmanager
-def _sdpa(model: OneViewLlava) -> Iterator[None]:
-    """flash-attn knows no mask of our own; while acting, PyTorch's attention stands in for it."""
-    language_model: Any = model.model.language_model
-    own = language_model.config._attn_implementation  # noqa: SLF001 (there is no public way to ask)
-    if not own.startswith("flash"):
-        yield
-        return
-    language_model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        language_model.set_attn_implementation(own)

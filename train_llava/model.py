@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from train_llava.slots import reach_of_slots, visible
+from train_llava.attention import reach_of_slots, visible
 
 
 class OneViewLlava(LlavaOnevisionForConditionalGeneration):
@@ -87,11 +87,14 @@ class OneViewLlava(LlavaOnevisionForConditionalGeneration):
                 raise ValueError(f"{int(is_frame.sum())} image tokens, but frames for {len(features)}")
             embedded = embedded.masked_scatter(is_frame[..., None], features)
         return self.model.language_model(
-            inputs_embeds=embedded, attention_mask=self._mask(seen, embedded.dtype), **kwargs
+            inputs_embeds=embedded, attention_mask=self._mask(seen, embedded.dtype, kwargs), **kwargs
         )
 
-    def _mask(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    def _mask(self, seen: Tensor | None, dtype: torch.dtype, kwargs: dict[str, Any]) -> Any:
         """As the attention kernel takes it; the library takes what has four dimensions as it is."""
+        if "num_keys" in kwargs:  # no mask at all, by kind of layer: so the library makes none
+            text: Any = self.config.text_config
+            return dict.fromkeys(text.layer_types)
         if seen is None or self.model.language_model.config._attn_implementation != "eager":  # noqa: SLF001
             return seen
         hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)

@@ -68,7 +68,7 @@ class Translation:
         """
         if self._states is None:
             return None
-        state: Floats = decode(_state_bins(sample.question), self._states[0], self._binning)[0]
+        state: Floats = decode(self._state(sample.question), self._states[0], self._binning)[0]
         return state
 
     def _bins(self, sample: Sample) -> Bins:
@@ -95,16 +95,14 @@ class Translation:
         """The question with the robot's state, where it holds one, in the bins that the model knows."""
         if self._states is None or self._states[0] == self._states[1]:
             return question
-        state = self._translated(_state_bins(question), *self._states)[0]
+        state = self._translated(self._state(question), *self._states)[0]
         return self._asking.question(
             self._asking.instruction(question), question.count(IMAGE), state.tolist()
         )
 
-
-def _state_bins(question: str) -> Bins:
-    """[1, S], from a question that holds them."""
-    numbers = question.split("\n")[-2].rpartition(":")[2].split()
-    return np.array([numbers], np.int64)
+    def _state(self, question: str) -> Bins:
+        """[1, S], from a question that holds them."""
+        return np.array([self._asking.state_bins(question)], np.int64)
 
 
 def refuse_other_tokens(data: tuple[Path, ActionCodec], checkpoint: tuple[Path, ActionCodec]) -> None:

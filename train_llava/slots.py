@@ -8,8 +8,6 @@ Source: OpenVLA-OFT (arXiv:2502.19645), parallel decoding with bidirectional att
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from oxe_mix.errors import UserError
@@ -45,30 +43,3 @@ def check_slots(ids: list[int], tokens_per_answer: int) -> None:
             f"the tokenizer has {len(ids)} action slots, but an answer is {tokens_per_answer} tokens; "
             "checkpoint and action codec do not belong together"
         )
-
-
-def visible(first: Tensor, reach: Tensor, num_keys: int, start: int = 0) -> Tensor:
-    """Which keys each query sees, bool [B, 1, Q, num_keys].
-
-    Args:
-        first: [B], the first key of each row that is no padding.
-        reach: [B, Q], the last key that each query sees.
-        start: the first query's own place among the keys.
-
-    Padding sees itself alone: a row that sees nothing would be no number, and spread.
-    """
-    keys = torch.arange(num_keys, device=reach.device)
-    own = torch.arange(start, start + reach.shape[1], device=reach.device)
-    seen = (keys <= reach[..., None]) & (keys >= first[:, None, None]) | (keys == own[:, None])
-    return seen[:, None]
-
-
-def reach_of_slots(slots: Tensor, length: int) -> Tensor:
-    """The last key that each of `length` positions sees, [B, length]: itself, or the last of its row's slots.
-
-    Args:
-        slots: [B, 2], where each row's slots begin and end; the same number twice where it has none.
-    """
-    places = torch.arange(length, device=slots.device)
-    start, end = slots[:, :1], slots[:, 1:]
-    return torch.where((places >= start) & (places < end), end - 1, places)

@@ -11,14 +11,13 @@ from oxe_mix import __version__
 from oxe_mix.cards import Card
 from train_llava.acting.obs_keys import ObsKeys
 from train_llava.card_source import CardSource, read_source
+from train_llava.dimensions import ARM, is_arm
 
 if TYPE_CHECKING:
     from train_llava.acting.policy import Policy
 
 PROTOCOL = 1  # goes up when a client of before could no longer read the answers
 UNKNOWN = "unknown"
-# What a card's EEF_POS means. Which rotations they are, cards do not say.
-_ARM = ("x", "y", "z", "rotation 1", "rotation 2", "rotation 3", "gripper")
 
 
 def metadata(checkpoint: Path, policy: Policy, keys: ObsKeys) -> dict[str, Any]:
@@ -62,11 +61,10 @@ def _request_fields(codec: ActionCodec, keys: ObsKeys) -> dict[str, str]:
 
 def _robot(key: str, codec: ActionCodec, card: Card | None) -> dict[str, Any]:
     """What is known of the robot that an unnorm_key stands for."""
-    is_arm = card is not None and card.action.encoding == "EEF_POS" and codec.action_dim == len(_ARM)
     return {
         "robot": UNKNOWN if card is None else card.robot,
         "control_hz": UNKNOWN if card is None or card.control_hz is None else card.control_hz,
         "action_kind": UNKNOWN if card is None else card.action_kind,
-        "action_names": list(_ARM) if is_arm else UNKNOWN,
+        "action_names": list(ARM) if is_arm(card, codec.action_dim) else UNKNOWN,
         "state_width": len(codec.states[key].mask) if codec.asking.state and key in codec.states else None,
     }

@@ -111,7 +111,7 @@ def replay(
             if sample.step < due:
                 continue
             recording = translation.recording(sample, samples[i - 1] if i else None)
-            answer = _asked(policy, translation, sample)
+            answer = ask(policy, translation, sample)
             kept = answer.actions[: end - sample.step]
             previous = answered[-1].checked.actions[-1] if answered else None
             checked = validator.check(translation.key, kept, previous)
@@ -120,7 +120,8 @@ def replay(
     return Replayed(translation, tuple(answered))
 
 
-def _asked(policy: Policy, translation: Translation, sample: Sample) -> Answer:
+def ask(policy: Policy, translation: Translation, sample: Sample) -> Answer:
+    """What a policy answers to a recorded sample. Raises: UserError as `replay`."""
     observation = Observation(
         images=_images(policy.cameras, sample),
         instruction=translation.instruction(sample),

@@ -155,7 +155,7 @@ def _out(options: ReplayOptions, episode: str) -> Path:
 def _names(task: _Task) -> tuple[str, ...]:
     """What the dimensions are called: an arm's have names, where the data's card says that it is one."""
     from convert.finish import CARDS
-    from train_llava.card_figures import ARM
+    from train_llava.dimensions import ARM
 
     width, file = task.codec.action_dim, task.options.data / CARDS / f"{task.dataset}.yaml"
     recipes = {own.name: own.recipe for own in read_manifest(task.options.data).datasets}

@@ -1,0 +1,1 @@
+"""`oxe-mix report`: a folder of any stage as one page for the eye."""

@@ -1,0 +1,62 @@
+"""Paths of SVG for charts. A chart is stretched to its place, so all text stands beside it, in HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from train_llava.report.values import Floats, Histogram
+
+WIDTH, HEIGHT = 400, 100  # of every chart, in its own units
+_GAP = 0.12  # of a bar's width
+
+
+def bars(counts: Sequence[float] | Floats, *, gap: bool = True) -> str:
+    """A bar for each count over the whole width, the largest as high as the chart; none for a count of 0."""
+    values = np.asarray(counts, np.float64)
+    most = float(values.max()) if values.size else 0.0
+    if most <= 0:
+        return ""
+    step = WIDTH / len(values)
+    width = step * (1 - _GAP) if gap else step
+    parts = []
+    for i in np.flatnonzero(values):
+        # A bar of one among thousands is still to be seen.
+        height = max(2.0, values[i] / most * HEIGHT)
+        parts.append(f"M{_n(i * step)} {HEIGHT}v{_n(-height)}h{_n(width)}v{_n(height)}z")
+    return "".join(parts)
+
+
+def line(xs: Floats, ys: Floats, box: tuple[float, float, float, float]) -> str:
+    """A curve through points within x0, x1, y0, y1; a gap where a value is not finite."""
+    x0, x1, y0, y1 = box
+    across = (np.asarray(xs, np.float64) - x0) / ((x1 - x0) or 1) * WIDTH
+    up = HEIGHT - (np.asarray(ys, np.float64) - y0) / ((y1 - y0) or 1) * HEIGHT
+    parts, pen = [], "M"
+    for x, y in zip(across, up, strict=True):
+        if np.isfinite(y):
+            parts.append(f"{pen}{_n(x)} {_n(y)}")
+        pen = "L" if np.isfinite(y) else "M"
+    # Of a single point the round end of the line is seen.
+    return "".join(parts) + ("h0" if len(parts) == 1 else "")
+
+
+def steps(values: Floats) -> str:
+    """A curve of one value a step, each level as wide as its step; values are within 0 and 1."""
+    if not len(values):
+        return ""
+    width = WIDTH / len(values)
+    levels = HEIGHT - np.clip(values, 0, 1) * (HEIGHT - 4) - 2
+    return f"M0 {_n(levels[0])}" + "".join(f"V{_n(level)}h{_n(width)}" for level in levels)
+
+
+def across(value: float, histogram: Histogram) -> str:
+    """Where a value stands below the histogram, as an x."""
+    span = (histogram.high - histogram.low) or 1
+    return _n(min(1.0, max(0.0, (value - histogram.low) / span)) * WIDTH)
+
+
+def _n(value: float) -> str:
+    """A coordinate, short."""
+    return f"{value:.1f}".rstrip("0").rstrip(".")
