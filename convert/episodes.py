@@ -43,7 +43,7 @@ def read_trajectory(episode: Episode, card: Card, *, state: bool) -> Trajectory:
     return Trajectory(
         actions=kept.actions,
         states=states[kept.steps],
-        instructions=_instructions(episode, card.language)[kept.steps],
+        instructions=instructions_of(episode, card.language)[kept.steps],
         first_step=kept.first_step,
     )
 
@@ -63,7 +63,11 @@ def cameras_of(card: Card, asked: tuple[CameraRole, ...]) -> dict[CameraRole, Ke
     return {role: found[role] for role in asked if role in found}
 
 
-def _instructions(episode: Episode, language: Language) -> list[str]:
+def instructions_of(episode: Episode, language: Language) -> list[str]:
+    """What each source step is told, [T], as `clean_instruction` leaves it.
+
+    Raises: ValueError when there is not one text for each step.
+    """
     if language.decode == "int32_codepoints":
         codes = episode.array(language.key)
         texts: list[str] = []

@@ -85,7 +85,7 @@ def find_datasets(
     Raises: UserError when one of the mix's datasets is not there, or in two folders, or a card does not fit
     the data.
     """
-    specs = list(mix.datasets) if mix is not None else _own_specs(folders, cards)
+    specs = list(mix.datasets) if mix is not None else own_specs(folders, cards)
     specs = _only(specs, only, cards)
     names = list(dict.fromkeys(spec.name for spec in specs))
     places = {spec.name: _places(folders, cards.get(spec.name), spec.version) for spec in specs}
@@ -101,8 +101,11 @@ def find_datasets(
     ]
 
 
-def _own_specs(folders: list[DataFolder], cards: Cards) -> list[DatasetSpec]:
-    """What the folders ask for themselves, when no mix says it."""
+def own_specs(folders: list[DataFolder], cards: Cards) -> list[DatasetSpec]:
+    """What the folders ask for themselves, when no mix says it.
+
+    Raises: UserError when that is nothing, or one dataset twice.
+    """
     specs: list[DatasetSpec] = []
     for folder in folders:
         own = list(folder.lock.mix.datasets) if folder.lock else _everything(folder.path, cards)

@@ -73,6 +73,18 @@ class Asking(BaseModel):
         numbers = "" if state is None else f"{_STATE}{' '.join(map(str, state))}\n"
         return f"{IMAGE}\n" * num_images + numbers + self.template.replace(_SLOT, text)
 
+    def state_bins(self, human: str) -> list[int]:
+        """The bins of the state inside a human turn, [S]; none where the prompt holds no state.
+
+        Raises: ValueError for a turn without the state that it should hold.
+        """
+        if not self.state:
+            return []
+        line = next((line for line in human.split("\n") if line.startswith(_STATE)), None)
+        if line is None:
+            raise ValueError(f"{human[:80]!r} does not say the robot's state")
+        return [int(number) for number in line.removeprefix(_STATE).split()]
+
     def instruction(self, human: str) -> str:
         """The instruction inside a human turn: the inverse of `question`."""
         before, after = self.template.split(_SLOT)

@@ -38,14 +38,22 @@ def standardize(episode: Episode, card: Card) -> Standardized:
     Raises: ValueError for an action that is not finite, naming the source step, and for columns that are not
     there.
     """
+    kept = recorded(episode, card)
+    _refuse_non_finite(kept.actions, "action", kept.first_step)
+    return kept
+
+
+def recorded(episode: Episode, card: Card) -> Standardized:
+    """The same with whatever was recorded, values that are not finite too: for who looks for them.
+
+    Raises: ValueError for columns that are not there.
+    """
     before, first, last = _dropped(card)
     first_step, end = before + first, episode.num_steps - before - last
     if end <= first:
         return Standardized(np.zeros((0, card.action.dims), np.float32), first_step)
     columns = [_term(episode, term, before) for term in card.action.recipe]
-    actions = np.concatenate(columns, axis=1)[first:end]
-    _refuse_non_finite(actions, "action", first_step)
-    return Standardized(actions, first_step)
+    return Standardized(np.concatenate(columns, axis=1)[first:end], first_step)
 
 
 def zero_action(actions: NDArray[np.float32], card: Card) -> NDArray[np.bool_]:
@@ -72,11 +80,16 @@ def proprioception(episode: Episode, card: Card) -> NDArray[np.float32]:
 
     Raises: ValueError for a state that is not finite, naming the step.
     """
-    if not card.state.parts:
-        return np.zeros((episode.num_steps, 0), np.float32)
-    states = np.concatenate([_term(episode, term, 0) for term in card.state.parts], axis=1)
+    states = recorded_state(episode, card)
     _refuse_non_finite(states, "state", 0)
     return states
+
+
+def recorded_state(episode: Episode, card: Card) -> NDArray[np.float32]:
+    """The same with values that are not finite, too. Raises: ValueError for columns that are not there."""
+    if not card.state.parts:
+        return np.zeros((episode.num_steps, 0), np.float32)
+    return np.concatenate([_term(episode, term, 0) for term in card.state.parts], axis=1)
 
 
 def _refuse_non_finite(values: NDArray[np.float32], what: str, first: int) -> None:

@@ -62,15 +62,25 @@ def idle(actions: NDArray[np.float32], stats: ActionStats, *, delta: bool) -> ND
 
     Never all of an episode: one that is idle throughout shows a task of its own, to wait, and stays whole.
     """
+    same = still(actions, stats, delta=delta)
+    return np.asarray(same & ~same.all())
+
+
+def still(
+    actions: NDArray[np.float32], stats: ActionStats, *, delta: bool, tolerance: float = 1 / NUM_BINS
+) -> NDArray[np.bool_]:
+    """The same, all of an episode included; `tolerance` in the codec's range: in decoded actions a zero
+    stands at the centre of its bin, up to half a bin away.
+    """
     x = normalize(actions, stats)
     before = np.concatenate([x[:1], x[:-1]])
     stay = normalize(np.zeros_like(actions[:1]), stats) if delta else before
     movement = np.array(stats.mask)
-    near = np.abs(x - np.where(movement, stay, before)) < 1 / NUM_BINS
+    near = np.abs(x - np.where(movement, stay, before)) < tolerance
     same: NDArray[np.bool_] = np.asarray(near.all(axis=1))
     # Nothing stands before the first of absolute poses that it could be equal to.
     same[:1] &= delta
-    return np.asarray(same & ~same.all())
+    return same
 
 
 def choose(

@@ -1,0 +1,148 @@
+"""`oxe-mix doctor`: what is wrong with this machine, or with the data in a folder, and what mends it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.doctor_checks import judge
+from convert.doctor_llava import ConvertedFolder, is_converted
+from convert.doctor_rlds import Sampling, summarize_rlds
+from convert.doctor_summary import DatasetSummary
+from convert.plan import DataFolder, DatasetOnDisk, find_datasets, open_folders, own_specs
+from convert.prompt import CAMERA_ROLES, Asking
+from oxe_mix.cards import Cards, load_cards
+from oxe_mix.doctor_machine import machine_verdicts
+from oxe_mix.errors import UserError
+from oxe_mix.lock import LOCK_FILE
+from oxe_mix.mix import load_mix
+from oxe_mix.progress import Goal, Sample, progress
+from oxe_mix.rlds import INFO_FILE
+from oxe_mix.text import say
+from oxe_mix.verdicts import Verdict, report, summary, tally
+from oxe_mix.verdicts import as_json as verdicts_as_json
+
+_DEFAULT_MIX = Path("default.yaml")
+_DEFAULT_DATA = Path("data")
+_EVERYTHING = Asking(cameras=CAMERA_ROLES)
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorOptions:
+    """The options of the command; `folder` None: the machine."""
+
+    folder: Path | None = None
+    episodes: int = 32  # of each dataset at most
+    every: bool = False  # all episodes, whatever `episodes` says
+    seed: int = 0
+    cards: Path | None = None
+    offline: bool = False
+    json: bool = False
+
+    @property
+    def sampling(self) -> Sampling:
+        """Which episodes are looked at."""
+        return Sampling(None if self.every else self.episodes, self.seed)
+
+
+def run_doctor(options: DoctorOptions) -> int:
+    """Look at the machine, or at a folder of RLDS datasets or of conversations, and say what was found.
+
+    Returns: the exit code: 1 when something is an error, else 0.
+    Raises: UserError for a folder that is neither.
+    """
+    start, cards = time.monotonic(), load_cards(options.cards)
+    if options.folder is None:
+        mix = None if options.offline else load_mix(_DEFAULT_MIX, cards)
+        verdicts, then = machine_verdicts(_DEFAULT_DATA, mix, cards), "oxe-mix mix check default.yaml"
+    elif not options.folder.is_dir():
+        raise UserError(f"{options.folder}: no such folder; give one that download or convert wrote")
+    elif is_converted(options.folder):
+        verdicts, then = _of_llava(options, options.folder, cards), "make train LLAVA="
+        then += shlex.quote(str(options.folder))
+    else:
+        verdicts = _of_data(options, options.folder, cards)
+        then = f"oxe-mix convert --to llava --data {shlex.quote(str(options.folder))}"
+    if options.json:
+        say(json.dumps({"event": "examined", **verdicts_as_json(verdicts)}))
+    else:
+        say(report(verdicts))
+        say(f"{summary(verdicts)}, {time.monotonic() - start:.1f} s")
+        say(f"next: {_next(verdicts, then)}")
+    return int(tally(verdicts)["error"] > 0)
+
+
+def _next(verdicts: list[Verdict], then: str) -> str:
+    counts = tally(verdicts)
+    if counts["error"]:
+        first = next(verdict for verdict in verdicts if verdict.level == "error")
+        return f"mend the errors, {first.check} of {first.subject} first, and run oxe-mix doctor again"
+    return f"{then}{' (read the warnings before)' if counts['warning'] else ''}"
+
+
+def _of_llava(options: DoctorOptions, folder: Path, cards: Cards) -> list[Verdict]:
+    converted, done = ConvertedFolder(folder, cards), list[None]()
+    totals = {one.name: one.episodes.written + one.episodes.held_out for one in converted.datasets}
+    with _watched(options, list(totals.values()), done):
+        found = [
+            converted.summarize(dataset, options.sampling, lambda: done.append(None))
+            for dataset in converted.datasets
+        ]
+    return [verdict for data in found for verdict in judge(data)]
+
+
+def _of_data(options: DoctorOptions, folder: Path, cards: Cards) -> list[Verdict]:
+    [opened] = open_folders((folder,))
+    _refuse_other_depths(folder)
+    datasets, verdicts = _datasets(opened, cards)
+    usual = Counter(dataset.card.action.dims for dataset in datasets).most_common(1)
+    done, found = list[None](), list[DatasetSummary]()
+    totals = [sum(split.num_episodes for split in one.info.splits.values()) for one in datasets]
+    with _watched(options, totals, done):
+        for dataset in datasets:
+            found.append(summarize_rlds(dataset, options.sampling, usual[0][0], lambda: done.append(None)))
+    return [*(verdict for data in found for verdict in judge(data)), *verdicts]
+
+
+def _watched(options: DoctorOptions, totals: list[int], done: list[None]) -> Any:
+    looked = sum(total if options.every else min(total, options.episodes) for total in totals)
+    goal = Goal("doctor", "episode", looked)
+    return progress(goal, lambda: Sample(len(done)), "json" if options.json else "auto")
+
+
+def _datasets(opened: DataFolder, cards: Cards) -> tuple[list[DatasetOnDisk], list[Verdict]]:
+    """The datasets that can be looked at, and a verdict on each that cannot."""
+    names = list(dict.fromkeys(spec.name for spec in own_specs([opened], cards)))
+    datasets, verdicts = list[DatasetOnDisk](), list[Verdict]()
+    for name in names:
+        try:
+            datasets += find_datasets([opened], None, cards, (name,), _EVERYTHING)
+        except UserError as error:  # of this dataset: its card, its metadata; the others are looked at
+            verdicts.append(Verdict("error", name, "layout", str(error), mend=f"oxe-mix datasets {name}"))
+    for info in sorted(opened.path.glob(f"*/*/{INFO_FILE}")):
+        name = info.parts[-3]
+        if cards.find(name) is None:
+            text = "has no card, so convert leaves it out"
+            verdicts.append(Verdict("warning", name, "card", text, mend="write one: docs/add-a-robot.md"))
+    return datasets, verdicts
+
+
+def _refuse_other_depths(folder: Path) -> None:
+    """Say it when the folder is one dataset, or the one above its versions."""
+    if (folder / LOCK_FILE).exists() or any(folder.glob(f"*/*/{INFO_FILE}")):
+        return
+    for depth, above in (
+        (INFO_FILE, folder.absolute().parent.parent),
+        (f"*/{INFO_FILE}", folder.absolute().parent),
+    ):
+        if any(folder.glob(depth)):
+            raise UserError(f"{folder}: is one dataset; give the folder of datasets: {above}")
+    raise UserError(
+        f"{folder}: neither RLDS datasets (NAME/VERSION/{INFO_FILE}) nor conversations (manifest.json); "
+        "give a folder that download or convert wrote"
+    )
