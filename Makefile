@@ -41,6 +41,8 @@ bench: setup
 	@$(BIN)/python -m benchmarks.three_seeds $(SEEDS)
 	@$(BIN)/python -m benchmarks.parallel
 	@$(BIN)/python -m benchmarks.act
+	@$(BIN)/python -m benchmarks.serve_fuzz
+	@$(BIN)/python -m benchmarks.serve_load
 	@$(BIN)/python -m benchmarks.transfer
 	@$(BIN)/python -m benchmarks.convert
 	@$(BIN)/python -m benchmarks.codecs

@@ -29,3 +29,23 @@ def report(
 
     options = ReportOptions(folder, out, data, episodes, samples, seed, cards, device, opens)
     raise typer.Exit(run_report(options))
+
+
+@app.command()
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Downloaded or converted data; without one, this machine.")
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Of each dataset, looked at.")] = 32,
+    every: Annotated[bool, typer.Option("--all", help="All episodes.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the episodes that are drawn.")] = 0,
+    cards: Annotated[Path | None, typer.Option(help="Folder with your own dataset cards.")] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Of the machine: do not try the network.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Look for what is wrong with this machine, or with data, and say what mends it."""
+    from convert.doctor_command import DoctorOptions, run_doctor
+
+    raise typer.Exit(run_doctor(DoctorOptions(folder, episodes, every, seed, cards, offline, as_json)))

@@ -43,6 +43,8 @@ def test_the_readme_shows_only_commands_that_are_run_here() -> None:
         ["oxe-mix", "verify"],
         ["oxe-mix", "convert"],
         ["oxe-mix", "check"],
+        ["oxe-mix", "doctor"],
+        ["oxe-mix", "doctor"],
         ["oxe-mix", "report"],
         ["make", "train"],
         ["oxe-mix", "eval"],
@@ -83,7 +85,8 @@ def _run_shown(command: str, folder: Path, *more: str) -> str:
 
 def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, bucket26: Path) -> None:
     _, _, download, convert, train, act, list_all, show, check, dry_run, *others = _commands()
-    with_budget, verify, to_tars, check_tars, look, check_only, score, act_on_all, replay, _ = others
+    with_budget, verify, to_tars, check_tars, *looking, check_only, score, act_on_all, replay, _ = others
+    machine, examine, look = looking
     assert "66 datasets" in _run_shown(list_all, workplace)
     assert "filter_success" in _run_shown(show, workplace)
     assert "fmb" in _run_shown(check, workplace)
@@ -96,6 +99,8 @@ def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, 
     assert _run_shown(to_tars, workplace).count("(3.8%)") == 26  # of the weight, each
     assert "0 problems" in _run_shown(check_tars, workplace)
     _run_shown(convert, workplace)
+    assert "torch" in _run_shown(machine, workplace)
+    assert "kuka" in _run_shown(examine, workplace)
     assert "llava/report.html" in _run_shown(look, workplace)
     _run_shown(train, workplace)
     assert "checked; nothing was trained" in _run_shown(check_only, workplace)

@@ -75,6 +75,8 @@ class Policy:
         """`temperature`: of sampling; None: the most likely bins."""
         self.codec = codec
         self._decoder, self._processor, self._temperature = decoder, processor, temperature
+        # The tokenizer would read them as what they stand for: an instruction could end its own turn.
+        self._marks = [mark.lower() for mark in processor.tokenizer.get_added_vocab()]
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -101,6 +103,8 @@ class Policy:
         key, stats = self._stats(observation.unnorm_key)
         images = self._images(observation)
         state = self._state(observation, key)
+        if found := [mark for mark in self._marks if mark in observation.instruction.lower()]:
+            raise ObservationError("instruction", f"holds {found[0]}, which the model's prompts are made of")
         try:
             text = self.codec.asking.question(observation.instruction, len(images), state)
         except ValueError as error:
