@@ -298,10 +298,10 @@ def test_what_only_looks_like_a_fault_is_left_alone(
 
 
 def test_grippers_without_sense_are_no_polarity(cards: Cards) -> None:
-    """Of few random steps the best of nine delays often correlates with more than a half."""
-    for seed in range(40):
+    """Of 45 random steps one draw in some hundreds correlates with more than a half."""
+    for seed in range(600):
         rng = np.random.default_rng(seed)
-        episodes = tuple(_random_gripper(rng, f"viola/train/0/{i}") for i in range(22))
+        episodes = tuple(_random_gripper(rng, f"viola/train/0/{i}") for i in range(15))
         assert gripper_polarity(_dataset(cards, "viola", episodes=episodes)).level == "ok"
 
 

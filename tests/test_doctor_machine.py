@@ -224,6 +224,20 @@ def test_a_source_answers_refuses_or_is_silent(
     assert time.monotonic() - start < 1.5
 
 
+def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timeout of a socket covers the name of a host."""
+
+    def hang(*_: object) -> None:
+        time.sleep(2)
+        raise OSError("too late")
+
+    monkeypatch.setattr("oxe_mix.doctor_machine.open_range", hang)
+    start = time.monotonic()
+    said = check_source("https://somewhere.example/a.json", timeout_s=0.2)
+    assert said.text == "https://somewhere.example: no answer within 0.2 s"
+    assert time.monotonic() - start < 1.5
+
+
 def test_the_command_looks_at_everything_and_says_what_comes_next(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
