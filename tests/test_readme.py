@@ -106,7 +106,7 @@ def test_the_commands_run_as_they_stand_on_a_bucket_of_our_own(workplace: Path, 
     assert "checked; nothing was trained" in _run_shown(check_only, workplace)
     assert "result: runs/first/eval-llava.json" in _run_shown(score, workplace)
     assert "2 answers" in _run_shown(act_on_all, workplace)
-    assert "next: oxe-mix serve --checkpoint runs/first" in _run_shown(replay, workplace)
+    assert "oxe-mix serve --checkpoint runs/first for a robot" in _run_shown(replay, workplace)
     record = json.loads(_run_shown(act, workplace))
     assert record["unnorm_key"] == "bridge_orig"
     assert len(record["actions"][0]) == 7
