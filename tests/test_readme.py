@@ -219,6 +219,22 @@ def test_the_readmes_accuracies_of_both_ways_of_decoding_are_the_recorded_ones()
     assert exact["one pass"] > exact["token by token"] - 0.02
 
 
+def test_the_readmes_rates_of_acting_are_the_recorded_ones() -> None:
+    found = json.loads((ROOT / "benchmarks/results/2026-11-21-act-cpu.json").read_text())
+
+    def beside(shape: str, way: str) -> float:
+        figures = found[shape]["256x256"]
+        rate: float = figures[way]["actions_per_s"] / figures["generate, anyres_max_9"]["actions_per_s"]
+        return rate
+
+    single, whole = (
+        [beside(shape, way) for shape in ("narrow", "wide")]
+        for way in ("token by token", "one pass, chunk 8")
+    )
+    assert f"{single[0]:.2f} and {single[1]:.2f} times the actions a second" in README
+    assert f"with chunks of eight {whole[0]:.1f} and {whole[1]:.1f} times" in README
+
+
 def test_the_readmes_rates_of_conversion_are_the_recorded_ones() -> None:
     results = ROOT / "benchmarks/results"
     large = json.loads((results / "2026-11-21-convert-jpeg240k.json").read_text())["figures"]
