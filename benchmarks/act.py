@@ -11,15 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.acting_models import NARROW, WIDE, Ours, Shape, Spent, Usual
+from benchmarks.acting_models import NARROW, WIDE, Ours, Usual
+from benchmarks.gpu_model import Shape
 from benchmarks.results import write_result
 from oxe_mix.text import say, table
+from train_llava.acting.policy import Latency
 from train_llava.quiet import quiet_libraries
 
 _CHUNK = 8
 _SIZES = {"256x256": (256, 256), "480x640": (480, 640)}  # height x width of the cameras' frames
 _PACKAGES = ("torch", "transformers", "numpy", "pillow")
-Answer = Callable[[Image.Image], Spent]
+Answer = Callable[[Image.Image], Latency]
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int)
     found: dict[str, Any] = {"weights": weights, "device": str(device), "dtype": str(dtype), "rounds": rounds}
     for name, (height, width) in _SIZES.items():
         pixels = np.random.default_rng(0).integers(0, 256, (rounds + 2, height, width, 3), np.uint8)
-        spent: dict[str, list[Spent]] = {way: [] for way in asked}
+        spent: dict[str, list[Latency]] = {way: [] for way in asked}
         for number, image in enumerate(map(Image.fromarray, pixels)):
             for way, (answer, _) in asked.items():
                 took = answer(image)
@@ -55,7 +57,7 @@ def measure(shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int)
     return found
 
 
-def _figures(spent: list[Spent], actions: int) -> dict[str, Any]:
+def _figures(spent: list[Latency], actions: int) -> dict[str, Any]:
     parts = {
         part: [getattr(one, part) for one in spent] for part in ("preprocess", "prefill", "decode", "total")
     }

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config
-from transformers import SiglipVisionConfig as TowerConfig
+from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
 )
 
+from benchmarks.gpu_model import SHAPES, Shape, Tower, config_of
 from convert.action_codec import ActionCodec
 from convert.prompt import IMAGE, question
 from convert.statistics import action_stats
+from train_llava.acting.policy import Latency
 from train_llava.action_tokens import add_action_tokens
 from train_llava.decode import ActionDecoder
 from train_llava.model import OneViewLlava
@@ -30,43 +30,11 @@ _GRID = [[_SIDE * rows, _SIDE * columns] for rows in range(1, 7) for columns in 
 _ASKED = question("put the carrot on the plate")
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Widths and depths; the tower's pictures are 384 pixels wide, as the published models'."""
-
-    name: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocabulary: int
-    tower_hidden: int
-    tower_layers: int
-    tower_heads: int
-    tower_intermediate: int
-    tied: bool
-
-
 # The 0.5B's depths, its vocabulary and its tied head, all widths divided by 5.6.
-NARROW = Shape("narrow", 160, 24, 10, 2, 868, 152_192, 208, 26, 8, 768, tied=True)
+NARROW = Shape("narrow", 160, 24, 10, 2, 868, 151_936, tied=True, lora_rank=0, tower=Tower(208, 26, 8, 768))
 # Few and wide layers, a small vocabulary.
-WIDE = Shape("wide", 512, 8, 8, 8, 2048, 4096, 384, 6, 6, 1536, tied=False)
-TRUE_7B = Shape("7B", 3584, 28, 28, 4, 18_944, 152_064, 1152, 26, 16, 4304, tied=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """Milliseconds of one answer."""
-
-    preprocess: float
-    prefill: float
-    decode: float
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.preprocess + self.prefill + self.decode
+WIDE = Shape("wide", 512, 8, 8, 8, 2048, 3840, tied=False, lora_rank=0, tower=Tower(384, 6, 6, 1536))
+TRUE_7B = SHAPES["ov-7b"]
 
 
 class Ours:
@@ -83,13 +51,13 @@ class Ours:
         on_gpu = device.type == "cuda" and chunk == 1
         self._decoder = ActionDecoder(self.model, self.processor, codec, reuse=True, cuda_graph=on_gpu)
 
-    def answer(self, image: Image.Image) -> Spent:
+    def answer(self, image: Image.Image) -> Latency:
         """One control step."""
         start = time.perf_counter()
         view = self.processor.view(image)
         preprocess = (time.perf_counter() - start) * 1000
         found = self._decoder.predict([_ASKED], [view], ["robot"])
-        return Spent(preprocess, found.prefill_ms, found.decode_ms)
+        return Latency(preprocess, found.prefill_ms, found.decode_ms)
 
 
 class Usual:
@@ -122,7 +90,7 @@ class Usual:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def answer(self, image: Image.Image) -> Spent:
+    def answer(self, image: Image.Image) -> Latency:
         """One control step."""
         start = time.perf_counter()
         inputs = self._inputs(image)
@@ -134,7 +102,9 @@ class Usual:
             )
         end = self._now()
         assert len(self._starts) == WIDTH + 1
-        return Spent((began - start) * 1000, (self._starts[1] - began) * 1000, (end - self._starts[1]) * 1000)
+        return Latency(
+            (began - start) * 1000, (self._starts[1] - began) * 1000, (end - self._starts[1]) * 1000
+        )
 
     def _inputs(self, image: Image.Image) -> dict[str, Any]:
         """What the stock processor makes, by its own code for the tiles and their number of tokens."""
@@ -161,34 +131,11 @@ def _build(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[OneV
     )
     patches = (_SIDE // _PATCH) ** 2
     processor = OneViewProcessor(images, tokenizer, patches, chat_template=CHAT_TEMPLATE)
-    config = LlavaOnevisionConfig(
-        vision_config=TowerConfig(
-            hidden_size=shape.tower_hidden,
-            intermediate_size=shape.tower_intermediate,
-            num_hidden_layers=shape.tower_layers,
-            num_attention_heads=shape.tower_heads,
-            image_size=_SIDE,
-            patch_size=_PATCH,
-            vision_use_head=False,
-        ),
-        text_config=Qwen2Config(
-            vocab_size=shape.vocabulary,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.intermediate,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=32_768,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=shape.tied,
-        ),
-        tie_word_embeddings=shape.tied,
-        image_token_index=token_id(tokenizer, IMAGE),
-        video_token_index=token_id(tokenizer, VIDEO),
-        image_grid_pinpoints=_GRID,
-    )
+    config: Any = config_of(shape)
+    config.image_token_id = token_id(tokenizer, IMAGE)
+    config.video_token_id = token_id(tokenizer, VIDEO)
+    config.image_grid_pinpoints = _GRID
+    config.text_config.pad_token_id = tokenizer.pad_token_id
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -87,7 +87,7 @@ def build(shape: Shape, device: torch.device | str, attention: str = "sdpa") -> 
     Args:
         attention: transformers' attn_implementation.
     """
-    config = _config(shape)
+    config = config_of(shape)
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = AutoModelForImageTextToText.from_config(
@@ -98,7 +98,8 @@ def build(shape: Shape, device: torch.device | str, attention: str = "sdpa") -> 
     return model.train()
 
 
-def _config(shape: Shape) -> LlavaOnevisionConfig:
+def config_of(shape: Shape) -> LlavaOnevisionConfig:
+    """The library's config of a shape."""
     tower = shape.tower
     return LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(

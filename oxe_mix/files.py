@@ -40,6 +40,22 @@ def atomic_write(path: Path, *, flush: bool = True) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
 
 
+def prove_writable(out: Path) -> Path:
+    """The file that `--out` names, once it is sure that it can be written: said before the work, not after.
+
+    Raises: UserError when it cannot.
+    """
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out}: cannot be written there; choose another --out")
+    return out
+
+
 def sweep(*folders: Path) -> None:
     """Remove what a killed `atomic_write` left in these folders; only for who holds their lock."""
     for folder in folders:

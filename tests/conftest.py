@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,14 @@ def checkpoint(llava: Path, tiny_config: Path, tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("runs") / "tiny"
     run("make", "train", f"CONFIG={tiny_config}", "NPROC=2", f"LLAVA={llava}", f"RUN={out}")
     return out
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A tiny model waits for its threads longer than it computes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

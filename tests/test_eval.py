@@ -34,11 +34,11 @@ from convert.reader import ConversationReader, Sample
 from oxe_mix.errors import UserError
 from tests.conftest import OXE_MIX, run
 from tests.converting import convert, edit_line
-from train_llava.config import ModelConfig, TinyModel
+from tests.untrained import untrained as write_untrained
 from train_llava.decode import ActionDecoder
 from train_llava.eval_command import EvalOptions, run_eval
 from train_llava.evaluate import HeldOut, evaluate, pick, shuffled
-from train_llava.loading import load_checkpoint, load_or_build, save_checkpoint
+from train_llava.loading import load_checkpoint
 from train_llava.metrics import Scored, score
 from train_llava.model import OneViewLlava
 from train_llava.processor import IGNORE, OneViewProcessor, View, open_frame
@@ -49,17 +49,7 @@ Tiny = tuple[OneViewLlava, OneViewProcessor]
 
 @pytest.fixture(scope="module")
 def untrained(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights; they look at their frames."""
-    out = tmp_path_factory.mktemp("untrained") / "run"
-    reader = ConversationReader(llava, "train")
-    questions = [reader[i].question for i in range(0, len(reader), 50)]
-    small = TinyModel(hidden_size=32, text_layers=2, heads=2)
-    model, processor, _ = load_or_build(ModelConfig(tiny=small), questions, seed=0)
-    # New rows are alike; with rows of their own the tokens differ by frame.
-    torch.nn.init.normal_(model.lm_head.weight)
-    save_checkpoint(out, model, processor)
-    write_codec(out, read_codec(llava))
-    return out
+    return write_untrained(llava, tmp_path_factory.mktemp("untrained") / "run")
 
 
 @pytest.fixture(scope="module")

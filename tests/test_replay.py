@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from convert.action_codec import decode, read_codec, text_to_bins, write_codec
+from convert.action_codec import decode, read_codec, text_to_bins
 from convert.reader import ConversationReader, Sample
 from oxe_mix.errors import UserError
 from tests.converting import convert, edit_line
+from tests.untrained import untrained
 from train_llava.acting.episodes import find_episode, stretches
 from train_llava.acting.limits import Bounds, Limits
 from train_llava.acting.load import Loading, load_policy
@@ -27,36 +26,16 @@ from train_llava.acting.replay import Replayed, replay
 from train_llava.acting.replay_command import ReplayOptions, run_replay
 from train_llava.acting.replay_picture import Drawing, Seen, draw_replay
 from train_llava.acting.validator import ActionValidator
-from train_llava.config import ModelConfig, TinyModel
 from train_llava.decode import ActionDecoder
 from train_llava.evaluate import HeldOut, evaluate
-from train_llava.loading import load_checkpoint, load_or_build, save_checkpoint
+from train_llava.loading import load_checkpoint
 from train_llava.processor import open_frame
 from train_llava.recorded import Translation
 
 CPU = Loading(device="cpu")
 
 
-def untrained(llava: Path, out: Path) -> Path:
-    """A checkpoint of random weights; they look at their frames."""
-    reader = ConversationReader(llava, "train")
-    questions = [reader[i].question for i in range(0, len(reader), 50)]
-    small = TinyModel(hidden_size=32, text_layers=2, heads=2)
-    model, processor, _ = load_or_build(ModelConfig(tiny=small), questions, seed=0)
-    # New rows are alike; with rows of their own the tokens differ by frame.
-    torch.nn.init.normal_(model.lm_head.weight)
-    save_checkpoint(out, model, processor)
-    write_codec(out, read_codec(llava))
-    return out
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny model waits for its threads longer than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from oxe_mix.files import write_json
 from tests.browser import LAPTOP, PHONE, browser
 from tests.converting import convert
 from tests.report_pages import Page, report
-from tests.test_replay import untrained
+from tests.untrained import untrained
 from train_llava.acting.load import Loading, load_policy
 from train_llava.acting.observation import Observation
 from train_llava.evaluate import HeldOut, evaluate
@@ -34,13 +33,7 @@ from train_llava.report.report_command import ReportOptions, run_report
 STEPS = 40
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny model waits for its threads longer than it computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

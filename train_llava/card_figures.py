@@ -13,7 +13,7 @@ from oxe_mix.text import count, duration, size
 from train_llava.batch import plan_batch
 from train_llava.card_source import CardSource, left_out
 from train_llava.config import METRICS_FILE, PARTS, RunConfig
-from train_llava.dimensions import ARM
+from train_llava.dimensions import ARM, is_arm
 from train_llava.markdown import code, items, plain, table
 from train_llava.metrics import rows
 from train_llava.result import CONFIG_FILE, DATA_MANIFEST, REPORT_FILE, VERSIONS_FILE
@@ -93,9 +93,7 @@ def _by_dimension(source: CardSource, report: dict[str, Any]) -> str:
 def _dimensions(source: CardSource, names: list[str], width: int) -> tuple[str, ...]:
     """What the dimensions are called: only an arm's that all datasets share have names."""
     cards = [source.card_of(name) for name in names]
-    if width == len(ARM) and all(card is not None and card.action.encoding == "EEF_POS" for card in cards):
-        return ARM
-    return tuple(str(a + 1) for a in range(width))
+    return ARM if all(is_arm(card, width) for card in cards) else tuple(map(str, range(width)))
 
 
 def training(source: CardSource, curves: str) -> str:

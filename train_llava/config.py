@@ -20,6 +20,7 @@ CARD_FILE = "README.md"  # the last that a run writes
 ERROR_FILE, STOPPED_FILE, REHEARSAL = ".error.json", ".stopped.json", ".rehearsal-"
 
 Precision = Literal["fp32", "bf16"]
+Bits = Literal["4bit", "8bit"]  # of weights that are loaded smaller than they lie
 ImageMode = Literal["single", "pad", "anyres_max_9"]
 Part = Literal["vision_tower", "projector", "language_model"]
 PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
@@ -32,6 +33,13 @@ def holds_model(folder: Path) -> bool:
     kind to be written.
     """
     return any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+
+
+def refuse_unended(checkpoint: Path) -> None:
+    """Raises: UserError for the folder of a run that has not ended; its own checkpoints can act."""
+    steps = sorted((checkpoint / CHECKPOINTS).glob("step-*"), key=lambda step: (len(step.name), step.name))
+    if steps and not holds_model(checkpoint):
+        raise UserError(f"{checkpoint}: the run has not ended; give one of its checkpoints, as {steps[-1]}")
 
 
 class _Strict(BaseModel):

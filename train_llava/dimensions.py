@@ -14,5 +14,5 @@ def is_arm(card: Card | None, width: int) -> bool:
 
 
 def dimension_names(card: Card | None, width: int) -> tuple[str, ...]:
-    """Names of the [width] dimensions: an arm's have some, others are counted from 1."""
-    return ARM if is_arm(card, width) else tuple(f"dimension {a + 1}" for a in range(width))
+    """Names of the [width] dimensions: an arm's have some, others are counted from 0, as in messages."""
+    return ARM if is_arm(card, width) else tuple(f"dimension {a}" for a in range(width))

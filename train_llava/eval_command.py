@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from dataclasses import asdict, dataclass
@@ -15,9 +14,9 @@ from convert.manifest import MANIFEST_FILE, Manifest, read_manifest
 from convert.reader import ConversationReader
 from oxe_mix import __version__
 from oxe_mix.errors import UserError, did_you_mean
-from oxe_mix.files import read_json, read_model, write_json
+from oxe_mix.files import prove_writable, read_json, read_model, write_json
 from oxe_mix.text import count, say, warn
-from train_llava.config import CHECKPOINTS, RunConfig, holds_model, load_config
+from train_llava.config import CHECKPOINTS, RunConfig, load_config, refuse_unended
 from train_llava.recorded import other_statistics, refuse_other_masks, refuse_other_tokens
 
 if TYPE_CHECKING:
@@ -91,9 +90,7 @@ def _prove(options: EvalOptions) -> _Task:
     if options.part not in _PARTS:
         raise UserError(f"--part {options.part}: give val (held-out samples) or train")
     folder = options.checkpoint
-    steps = sorted((folder / CHECKPOINTS).glob("step-*"), key=lambda step: (len(step.name), step.name))
-    if steps and not holds_model(folder):
-        raise UserError(f"{folder}: the run has not ended; give one of its checkpoints, as {steps[-1]}")
+    refuse_unended(folder)
     manifest = read_manifest(options.data)
     codec, measured = read_codec(folder), read_codec(options.data)
     refuse_other_tokens((options.data, measured), (folder, codec))
@@ -167,16 +164,7 @@ def _perhaps_trained_on(folder: Path, manifest: Manifest, names: list[str]) -> l
 def _out(options: EvalOptions) -> Path:
     """Where the report goes, and that it can; said now and not after the work."""
     name = f"eval-{options.data.resolve().name}{'' if options.part == 'val' else '-train'}.json"
-    out = options.out or options.checkpoint / name
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"{out}: cannot be written there; choose another --out")
-    return out
+    return prove_writable(options.out or options.checkpoint / name)
 
 
 def _evaluate(task: _Task) -> dict[str, Any]:
@@ -210,14 +198,9 @@ def _load(task: _Task) -> tuple[OneViewLlava, OneViewProcessor]:
     """The model, where it is to run, as precise as it was in training."""
     import torch
 
-    from train_llava.loading import DTYPES, load_checkpoint
+    from train_llava.loading import DTYPES, load_checkpoint, proved_device
 
-    device = task.options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        # torch says "not compiled with CUDA" with an AssertionError.
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    device = proved_device(task.options.device)
     precision = task.config.train.precision if task.config else "fp32"
     model, processor = load_checkpoint(task.options.checkpoint, DTYPES[precision])
     torch.nn.Module.to(model, device)

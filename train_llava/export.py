@@ -26,8 +26,8 @@ from oxe_mix.files import BUSY_FILE, folder_lock
 from oxe_mix.text import complain, count, say, size
 from train_llava.action_tokens import prove_action_tokens
 from train_llava.base_record import ADAPTER_CONFIG, check_base, read_base_record, read_peft_record
-from train_llava.config import CARD_FILE
-from train_llava.loading import DTYPES, Precision, save_checkpoint
+from train_llava.config import CARD_FILE, Precision
+from train_llava.loading import DTYPES, save_checkpoint
 from train_llava.lora import ADAPTER, EMBEDDING, HEAD, TrainedRows, load_adapter_run
 from train_llava.model import OneViewLlava
 from train_llava.model_card import write_card

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,15 +22,14 @@ from transformers.utils import logging as transformers_logging
 
 from oxe_mix.errors import UserError
 from train_llava.action_tokens import ActionTokens, add_action_tokens, rows_of
-from train_llava.config import ModelConfig
+from train_llava.config import Bits, ModelConfig, Precision
 from train_llava.model import OneViewLlava
 from train_llava.original_config import is_original
 from train_llava.original_layout import Form, load_original, original_config, weight_files
 from train_llava.processor import OneViewProcessor
-from train_llava.quantize import Bits, in_bits
+from train_llava.quantize import in_bits
 from train_llava.tiny import build_tiny
 
-Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ADAPTERS = "adapter_config.json"
 # Of a model on the hub; never a pickle (.bin, .pt), nor its code (.py).
@@ -94,6 +93,17 @@ def load_checkpoint(
         return load_adapter_run(folder, dtype)
     quantization = None if bits is None else in_bits(bits, dtype, f"{bits} weights")
     return _load_stock(folder, Form(dtype, quantization=quantization))
+
+
+def proved_device(name: str | None) -> torch.device:
+    """A device that can be used; None: a GPU if there is one. Raises: UserError for one that is not there."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        # torch says "not compiled with CUDA" with an AssertionError.
+        raise UserError(f"--device {name}: {first_line(error)}") from error
+    return torch.device(name)
 
 
 def save_checkpoint(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from transformers import BitsAndBytesConfig
 
 from oxe_mix.errors import UserError
+from train_llava.config import Bits
 
-Bits = Literal["4bit", "8bit"]
 _AS_THEY_ARE = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from convert.action_codec import ActionCodec
 from oxe_mix.errors import UserError, did_you_mean
-from oxe_mix.files import atomic_write, parse_model
+from oxe_mix.files import atomic_write, parse_model, prove_writable
 from oxe_mix.text import count, say
 from train_llava.acting.limits import Limits
 from train_llava.acting.load import Loading, codec_of, load_policy
@@ -71,6 +71,7 @@ def run_act(options: ActOptions) -> int:
     Raises: UserError for what the user can mend.
     """
     codec = codec_of(options.checkpoint)
+    out = None if options.out is None else prove_writable(options.out)
     asked = _asked(options, codec)
     first = next(asked, None)  # a wrong path is told before the model is loaded
     if first is None:
@@ -91,15 +92,15 @@ def run_act(options: ActOptions) -> int:
                 yield json.dumps(record)
             batch = list(islice(asked, options.batch))
 
-    if options.out is None:
+    if out is None:
         for line in lines():
             say(line)
         return 0
-    with atomic_write(options.out) as file:
+    with atomic_write(out) as file:
         for line in lines():
             file.write(f"{line}\n".encode())
     clamped = f"{count(sum(validator.counts.values()), 'value')} clamped"
-    say(f"{count(len(totals), 'answer')}, {_spread(totals)}, {clamped}\nresult: {options.out}")
+    say(f"{count(len(totals), 'answer')}, {_spread(totals)}, {clamped}\nresult: {out}")
     return 0
 
 

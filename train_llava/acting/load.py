@@ -5,19 +5,14 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from convert.action_codec import ActionCodec, read_codec
 from oxe_mix.errors import UserError
-from train_llava.config import CHECKPOINTS, holds_model, load_config
+from train_llava.config import Bits, Precision, load_config, refuse_unended
 
 if TYPE_CHECKING:
-    import torch
-
     from train_llava.acting.policy import Policy
-
-DType = Literal["fp32", "bf16"]
-Quantize = Literal["4bit", "8bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +25,8 @@ class Loading:
     """
 
     device: str | None = None
-    dtype: DType | None = None
-    quantize: Quantize | None = None
+    dtype: Precision | None = None
+    quantize: Bits | None = None
     temperature: float | None = None
     cuda_graph: bool = False
 
@@ -41,9 +36,7 @@ def codec_of(checkpoint: Path) -> ActionCodec:
 
     Raises: UserError when the folder is no checkpoint.
     """
-    steps = sorted((checkpoint / CHECKPOINTS).glob("step-*"), key=lambda step: (len(step.name), step.name))
-    if steps and not holds_model(checkpoint):
-        raise UserError(f"{checkpoint}: the run has not ended; give one of its checkpoints, as {steps[-1]}")
+    refuse_unended(checkpoint)
     return read_codec(checkpoint)
 
 
@@ -57,7 +50,7 @@ def load_policy(checkpoint: Path, loading: Loading) -> Policy:
 
     from train_llava.acting.policy import Policy
     from train_llava.decode import ActionDecoder
-    from train_llava.loading import DTYPES, load_checkpoint
+    from train_llava.loading import DTYPES, load_checkpoint, proved_device
 
     device = proved_device(loading.device)
     if loading.cuda_graph and device.type != "cuda":
@@ -69,23 +62,12 @@ def load_policy(checkpoint: Path, loading: Loading) -> Policy:
     except torch.OutOfMemoryError as error:
         raise UserError(f"{checkpoint}: does not fit {device}; try --quantize 4bit") from error
     decoder = ActionDecoder(model, processor, codec, reuse=True, cuda_graph=loading.cuda_graph)
+    if loading.cuda_graph and decoder.is_parallel:
+        raise UserError(f"--cuda-graph: {checkpoint} answers in one pass; there is none to replay per token")
     return Policy(decoder, processor, codec, loading.temperature)
 
 
-def proved_device(name: str | None) -> torch.device:
-    """A device that can be used. Raises: UserError for one that is not there."""
-    import torch
-
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        # torch says "not compiled with CUDA" with an AssertionError.
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return torch.device(name)
-
-
-def _dtype(checkpoint: Path, device: str) -> DType:
+def _dtype(checkpoint: Path, device: str) -> Precision:
     if device == "cpu":
         return "fp32"
     with contextlib.suppress(UserError):  # a model that was merged, or comes from elsewhere, has no run

@@ -24,6 +24,7 @@ from oxe_mix.files import write_json
 from oxe_mix.text import count, say, table, warn
 from train_llava.acting.episodes import find_episode, stretches
 from train_llava.acting.load import Loading, codec_of, load_policy
+from train_llava.dimensions import dimension_names
 from train_llava.recorded import Translation, other_statistics, refuse_other_masks, refuse_other_tokens
 
 if TYPE_CHECKING:
@@ -155,14 +156,11 @@ def _out(options: ReplayOptions, episode: str) -> Path:
 def _names(task: _Task) -> tuple[str, ...]:
     """What the dimensions are called: an arm's have names, where the data's card says that it is one."""
     from convert.finish import CARDS
-    from train_llava.dimensions import ARM
 
-    width, file = task.codec.action_dim, task.options.data / CARDS / f"{task.dataset}.yaml"
+    file = task.options.data / CARDS / f"{task.dataset}.yaml"
     recipes = {own.name: own.recipe for own in read_manifest(task.options.data).datasets}
     card = load_card(file).with_recipe(recipes[task.dataset]) if file.exists() else None
-    if card is not None and card.action.encoding == "EEF_POS" and width == len(ARM):
-        return ARM
-    return tuple(f"dimension {a}" for a in range(width))
+    return dimension_names(card, task.codec.action_dim)
 
 
 def _drawing(task: _Task, replayed: Replayed, names: tuple[str, ...]) -> Drawing:

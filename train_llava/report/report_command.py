@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import webbrowser
 from collections.abc import Callable, Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from oxe_mix.errors import UserError
+from oxe_mix.files import prove_writable
 from oxe_mix.progress import Goal, Sample, progress
 from oxe_mix.text import say, size, warn
 from train_llava.report.kinds import kind_of
@@ -64,17 +64,7 @@ def run_report(options: ReportOptions) -> int:
 
 
 def _out(options: ReportOptions) -> Path:
-    """Where the page goes, and that it can; said now and not after the work."""
-    out = options.out or options.folder / _PAGE
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"{out}: cannot be written there; choose another --out")
-    return out
+    return prove_writable(options.out or options.folder / _PAGE)
 
 
 def _converted(options: ReportOptions) -> Report:
