@@ -22,6 +22,7 @@ from convert.prompt import IMAGE
 from train_llava.action_tokens import prove_action_tokens
 from train_llava.attention import masked, unpadded, visible
 from train_llava.cuda_graph import GraphedStep
+from train_llava.last_layer import ends_only
 from train_llava.model import OneViewLlava
 from train_llava.processor import OneViewProcessor, View
 from train_llava.prompt_cache import PromptCache
@@ -198,9 +199,7 @@ class ActionDecoder:
     ) -> tuple[_Picked, tuple[float, float], int]:
         start = self._now()
         cache, reused = self._cache(prompts)
-        hidden = self._prefill(batch, cache, reused)
-        last = hidden[:, -max(1, len(self._slots)) :]
-        picked = [self._pick(last, batch, 0, temperature)]
+        picked = [self._pick(self._prefill(batch, cache, reused), batch, 0, temperature)]
         # Asked for the time, a GPU is waited for; that costs nothing at an answer's end, and once here.
         middle = self._now()
         if not self._slots:
@@ -221,7 +220,9 @@ class ActionDecoder:
         return self._kept.take(prompts, 1, self._codec.tokens_per_answer - 1)
 
     def _prefill(self, batch: _Batch, cache: StaticCache | None, start: int) -> Tensor:
-        """Hidden states of the prompt from `start` on, [B, L - start, D]."""
+        """Compute the prompt from `start` on; hidden states of its end, [B, n, D]: of the slots, or of its last
+        token.
+        """
         rows, length = batch.ids.shape
         places = torch.arange(start, length, device=batch.ids.device)
         attending: dict[str, Any] = {"num_keys": length, "num_slots": len(self._slots)}
@@ -231,15 +232,17 @@ class ActionDecoder:
                 reach[-len(self._slots) :] = length - 1
             num_keys = length if cache is None else cache.get_max_length()
             attending = {"seen": visible(batch.first, reach.expand(rows, -1), num_keys, start)}
-        hidden: Tensor = self._model.hidden_states(
-            batch.ids[:, start:],
-            **batch.frames,
-            **attending,
-            position_ids=(places - batch.first[:, None]).clamp(min=0),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
-        return hidden
+        num = max(1, len(self._slots))
+        with ends_only(self._model.model.language_model, num):
+            hidden: Tensor = self._model.hidden_states(
+                batch.ids[:, start:],
+                **batch.frames,
+                **attending,
+                position_ids=(places - batch.first[:, None]).clamp(min=0),
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        return hidden[:, -num:]
 
     def _step(self, bins: Tensor, batch: _Batch, place: int, cache: StaticCache) -> Tensor:
         """Hidden states [B, 1, D] of the token that was picked last, which stands at `place`."""
