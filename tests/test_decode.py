@@ -121,20 +121,22 @@ def test_each_token_costs_one_pass_and_none_is_wasted(tiny: Tiny, monkeypatch: p
     assert lengths == [len(processor.prompt_ids(QUESTIONS[0], [17]))] + [1] * 13
 
 
-def test_the_last_layer_computes_the_end_of_a_prompt_alone(tiny: Tiny, slotted: Tiny) -> None:
-    for (model, processor), codec, end in ((tiny, CODEC, 1), (slotted, CHUNK, 14)):
-        layers: Any = model.model.language_model.layers
-        rows: list[list[int]] = []
-        hooks = [
-            layer.mlp.register_forward_hook(lambda _, given, __: rows.append([*given[0].shape[:2]]))
-            for layer in layers
-        ]
-        ActionDecoder(model, processor, codec).predict([QUESTIONS[0]] * 2, _views(2), ["viola"] * 2)
-        for hook in hooks:
-            hook.remove()
-        whole = len(processor.prompt_ids(QUESTIONS[0], [17])) + (end if end > 1 else 0)
-        assert rows[:2] == [[2, whole], [2, end]]
-        assert "forward" not in vars(layers[-1])
+@pytest.mark.parametrize(("fixture", "codec", "end"), [("tiny", CODEC, 1), ("slotted", CHUNK, 14)])
+def test_the_last_layer_computes_the_end_of_a_prompt_alone(
+    fixture: str, codec: ActionCodec, end: int, request: pytest.FixtureRequest
+) -> None:
+    model, processor = request.getfixturevalue(fixture)
+    layers: Any = model.model.language_model.layers
+    rows: list[int] = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda _, __, found: rows.append(found.shape[1])) for layer in layers
+    ]
+    ActionDecoder(model, processor, codec).predict([QUESTIONS[0]] * 2, _views(2), ["viola"] * 2)
+    for hook in hooks:
+        hook.remove()
+    own = len(processor.prompt_ids(QUESTIONS[0], [17])) + (end if end > 1 else 0)
+    assert rows[:2] == [own, end]
+    assert "forward" not in vars(layers[-1])
 
 
 def test_only_the_256_action_ids_can_be_answered(tiny: Tiny) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
+from oxe_mix.cli import app
 from tests.check_links import broken
 from tests.conftest import OXE_MIX, PYTHON, ROOT, run
 
@@ -88,6 +90,44 @@ def test_the_commands_about_mixing_run_as_they_stand(bucket26: Path, tmp_path: P
         said = run(OXE_MIX, *words, *more, cwd=tmp_path).stdout
     assert "viola" in said
     assert "share" in said
+
+
+def _commands(page: Path) -> list[list[str]]:
+    """Each `oxe-mix …` of a page's blocks, with the lines that a backslash joins to it."""
+    blocks = re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = [re.match(r"(?:\w+=\S+ )?oxe-mix (.+)", line) for line in lines]
+    return [shlex.split(one[1], comments=True) for one in found if one]
+
+
+def _parse(words: list[str]) -> None:
+    """Read a command's options as the command does, and run nothing. Raises: UsageError."""
+    command: Any = typer.main.get_command(app)
+    parent = None
+    while hasattr(command, "resolve_command"):
+        parent = typer.Context(command, parent, info_name=command.name)
+        _, command, words = command.resolve_command(parent, words)
+    command.make_context(command.name, words, parent)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_each_command_of_a_page_has_the_options_that_it_names(page: Path) -> None:
+    for words in _commands(page):
+        _parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dwnload"], "No such command"),
+        (["serve", "--checkpoint", "runs/first", "--prot", "1"], "No such option"),
+        (["download", "--mix", "default.yaml", "--jobs", "N"], "valid integer"),
+    ],
+)
+def test_a_command_or_an_option_that_is_not_there_would_be_found(words: list[str], said: str) -> None:
+    assert len(_commands(DOCS / "scale.md")) == 4
+    with pytest.raises(Exception, match=said):
+        _parse(words)
 
 
 def test_the_words_of_the_glossary_are_in_order_and_each_once() -> None:

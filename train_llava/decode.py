@@ -220,9 +220,7 @@ class ActionDecoder:
         return self._kept.take(prompts, 1, self._codec.tokens_per_answer - 1)
 
     def _prefill(self, batch: _Batch, cache: StaticCache | None, start: int) -> Tensor:
-        """Compute the prompt from `start` on; hidden states of its end, [B, n, D]: of the slots, or of its last
-        token.
-        """
+        """Compute the prompt from `start` on; hidden states of the slots, or of its last token, [B, n, D]."""
         rows, length = batch.ids.shape
         places = torch.arange(start, length, device=batch.ids.device)
         attending: dict[str, Any] = {"num_keys": length, "num_slots": len(self._slots)}

@@ -54,7 +54,8 @@ def _attended(  # noqa: PLR0913 (as the library calls it)
     **kwargs: Any,
 ) -> Tensor:
     def heads(rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        split: Tensor = rows.unflatten(-1, (-1, attention.head_dim))
+        return split.transpose(1, 2)
 
     query = _rotated(heads(attention.q_proj(hidden[:, -num:])), position_embeddings)
     key = _rotated(heads(attention.k_proj(hidden)), position_embeddings)
@@ -75,4 +76,5 @@ def _attended(  # noqa: PLR0913 (as the library calls it)
 def _rotated(rows: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys [B, heads, n, D] by the angles of the last n places."""
     cos, sin = (angles[:, None, -rows.shape[2] :] for angles in position_embeddings)
-    return rows * cos + rotate_half(rows) * sin
+    turned: Tensor = rotate_half(rows)
+    return rows * cos + turned * sin
