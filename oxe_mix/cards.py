@@ -98,6 +98,7 @@ class Action(_Strict):
     encoding: str
     dims: int = Field(gt=0)
     recipe: tuple[Term, ...]
+    units: tuple[str, ...] | None = None  # of each column, for who reads the answers
     trajectory_before: tuple[Literal["drop_first_step"], ...] = ()
     trajectory_after: tuple[Literal["drop_first_step", "drop_last_step"], ...] = ()
     drop_zero: DropZero | None = None  # idle steps; none are dropped without it
@@ -109,6 +110,8 @@ class Action(_Strict):
             if op in ops and drop not in self.trajectory_after:
                 end = drop.split("_")[1]
                 raise ValueError(f"{op} has no value for the {end} step; add trajectory_after: [{drop}]")
+        if self.units is not None and len(self.units) != self.dims:
+            raise ValueError(f"units has {len(self.units)} entries, dims is {self.dims}")
         if self.drop_zero and self.dims < len(self.drop_zero.q01):
             raise ValueError(f"drop_zero is of six movements, dims is {self.dims}")
         return self

@@ -157,6 +157,8 @@ def _recipe(part: Card | Corrected) -> Iterator[tuple[str, Sequence[str]]]:
         action = part.action
         kind = f", {part.action_kind}" if part.action_kind else ""
         yield "action", [f"{action.encoding}, {action.dims} columns{kind}", *map(_term, action.recipe)]
+        if action.units:
+            yield "units", [", ".join(action.units)]
         idle = ["idle steps (drop_zero)"] if action.drop_zero else []
         if dropped := [*action.trajectory_before, *action.trajectory_after, *idle]:
             yield "steps lost", [", ".join(dropped)]

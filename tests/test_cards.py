@@ -147,6 +147,7 @@ def _line(file: Path, of: str) -> int:
         ("robot: Franka", "robott: Franka", "robott"),
         ("dims: 7", "dims: 0", "greater than 0"),
         ("decode: utf8", "decode: latin1", "'latin1' is unknown; allowed: 'utf8' or 'int32_codepoints'"),
+        ("dims: 7", "dims: 7\n  units: [m, rad]", "units has 2 entries, dims is 7"),
         ("true, false]", "false]", "normalise_mask has 6 entries, action.dims is 7"),
     ],
 )
@@ -161,7 +162,7 @@ def test_a_card_of_wrong_form_is_refused_with_file_and_line(
     # The line holds what was changed, or the key that it belongs to.
     assert any(
         word in file.read_text().splitlines()[line - 1]
-        for word in (new.split(":", 1)[0], "normalise_mask", "name")
+        for word in (new.split(":", 1)[0], "normalise_mask", "action", "name")
     )
 
 

@@ -25,6 +25,7 @@ from tests.serving import (
     write_checkpoint,
 )
 from train_llava.acting import json_numpy
+from train_llava.acting.handshake import metadata
 from train_llava.acting.limits import Bounds, Limits
 from train_llava.acting.observation import Observation
 from train_llava.acting.policy import Policy
@@ -71,6 +72,18 @@ def test_a_client_is_first_told_what_it_needs_to_know(server: Served, checkpoint
     assert told["wants_state"] is False
     assert told["request_fields"]["observation/image"] == "primary"
     assert told["ignored_fields"] == ["observation/state", "observation/wrist_image"]
+
+
+@pytest.mark.parametrize("robots", [["bridge_orig"], ["bridge_orig", "viola"]])
+def test_units_are_those_of_the_cards(robots: list[str], tmp_path: Path) -> None:
+    units = ["m", "m", "m", "rad", "rad", "rad", "1 open"]
+    folder = write_checkpoint(tmp_path / "known")
+    for robot in robots:
+        card = folder / "cards" / f"{robot}.yaml"
+        card.write_text(card.read_text().replace("  dims: 7\n", f"  dims: 7\n  units: {units}\n"))
+    told = metadata(folder, tiny_policy(folder), {})
+    assert [robot for robot, own in told["robots"].items() if own["units"] == units] == robots
+    assert told["units"] == (units if len(robots) == 2 else "unknown")
 
 
 def test_what_no_card_says_is_unknown(tmp_path: Path, policy: Policy) -> None:

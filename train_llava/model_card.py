@@ -148,9 +148,9 @@ def _actions(source: CardSource, codec: ActionCodec) -> str:
         [
             "What an action means, by dataset (its name is the key that gives the units):",
             table(header, rows, left=len(header)),
-            "Units of the movements, and the frame that they are in: as recorded; unknown, where the notes "
-            "under Data do not say. A movement comes out between its dataset's 1 % and 99 % quantile. Where "
-            "there is a gripper it is the last dimension.",
+            "The frame of the movements, and their units where none stand here: as recorded; unknown, where "
+            "the notes under Data do not say. A movement comes out between its dataset's 1 % and 99 % "
+            "quantile. Where there is a gripper it is the last dimension.",
         ]
     )
 
@@ -162,7 +162,8 @@ def _meaning(card: Card | None, converted: ConvertedDataset | None) -> tuple[str
         return ("unknown", cameras, "unknown", "unknown", "unknown")
     rate = "unknown" if card.control_hz is None else f"{card.control_hz:g} Hz"
     own = card if converted is None else card.with_recipe(converted.recipe)
-    return (plain(card.robot), cameras, rate, code(own.action.encoding), own.action_kind)
+    units = f", {plain(', '.join(own.action.units))}" if own.action.units else ""
+    return (plain(card.robot), cameras, rate, code(own.action.encoding), own.action_kind + units)
 
 
 def _gripper(stats: ActionStats) -> str:

@@ -24,7 +24,6 @@ def metadata(checkpoint: Path, policy: Policy, keys: ObsKeys) -> dict[str, Any]:
     """The first message of a connection: plain values. What no file of the checkpoint says is "unknown"."""
     codec, source = policy.codec, read_source(checkpoint)
     robots = {key: _robot(key, codec, _card(source, key)) for key in sorted(codec.datasets)}
-    names = [robot["action_names"] for robot in robots.values()]
     return {
         "protocol": PROTOCOL,
         "server": f"oxe-mix {__version__}",
@@ -33,8 +32,8 @@ def metadata(checkpoint: Path, policy: Policy, keys: ObsKeys) -> dict[str, Any]:
         "action_dim": codec.action_dim,
         "chunk": codec.chunk,
         "decode": "parallel" if policy.is_parallel else "sequential",
-        "action_names": names[0] if all(own == names[0] for own in names) else UNKNOWN,
-        "units": UNKNOWN,  # of no dataset does a card say them
+        "action_names": _common(robots, "action_names"),
+        "units": _common(robots, "units"),
         "cameras": list(policy.cameras),
         "image_size": list(policy.image_size),
         "wants_state": codec.asking.state,
@@ -43,6 +42,12 @@ def metadata(checkpoint: Path, policy: Policy, keys: ObsKeys) -> dict[str, Any]:
         "request_fields": _request_fields(codec, keys),
         "ignored_fields": sorted(key for key, meaning in keys.items() if meaning == "ignore"),
     }
+
+
+def _common(robots: dict[str, dict[str, Any]], what: str) -> Any:
+    """What is true of each robot."""
+    first, *others = (robot[what] for robot in robots.values())
+    return first if all(other == first for other in others) else UNKNOWN
 
 
 def _card(source: CardSource, key: str) -> Card | None:
@@ -61,10 +66,12 @@ def _request_fields(codec: ActionCodec, keys: ObsKeys) -> dict[str, str]:
 
 def _robot(key: str, codec: ActionCodec, card: Card | None) -> dict[str, Any]:
     """What is known of the robot that an unnorm_key stands for."""
+    units = None if card is None else card.action.units
     return {
         "robot": UNKNOWN if card is None else card.robot,
         "control_hz": UNKNOWN if card is None or card.control_hz is None else card.control_hz,
         "action_kind": UNKNOWN if card is None else card.action_kind,
         "action_names": list(ARM) if is_arm(card, codec.action_dim) else UNKNOWN,
+        "units": UNKNOWN if units is None else list(units),
         "state_width": len(codec.states[key].mask) if codec.asking.state and key in codec.states else None,
     }
