@@ -57,7 +57,7 @@ class Ours:
         view = self.processor.view(image)
         preprocess = (time.perf_counter() - start) * 1000
         found = self._decoder.predict([_ASKED], [view], ["robot"])
-        return Latency(preprocess, found.prefill_ms, found.decode_ms)
+        return Latency(preprocess + found.prepare_ms, found.prefill_ms, found.decode_ms)
 
 
 class Usual:

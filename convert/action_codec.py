@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from convert.prompt import Asking
+from convert.prompt import Asking, CameraRole
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.files import read_model, write_json
 
@@ -206,6 +206,7 @@ class ActionCodec(BaseModel):
     asking: Asking = Asking()
     datasets: Annotated[dict[str, ActionStats], Field(min_length=1)]
     states: dict[str, ActionStats] = {}  # of the robots' own state, [S] each, where the prompt holds it
+    cameras: dict[str, tuple[CameraRole, ...]] = {}  # of each dataset that has not all of asking's
 
     @model_validator(mode="after")
     def _widths_agree(self) -> ActionCodec:
@@ -232,6 +233,14 @@ class ActionCodec(BaseModel):
                 f"unknown --unnorm-key {unnorm_key!r}{did_you_mean(unnorm_key, list(self.datasets))}"
             )
         return unnorm_key, self.datasets[unnorm_key]
+
+    def asking_of(self, name: str) -> Asking:
+        """How one dataset is asked about: without the cameras and the state that it does not have."""
+        own = {
+            "cameras": self.cameras.get(name, self.asking.cameras),
+            "state": self.asking.state and name in self.states,
+        }
+        return self.asking.model_copy(update=own)
 
     @property
     def tokens_per_answer(self) -> int:

@@ -72,6 +72,7 @@ def finish_conversion(run: Run, reports: list[ShardReport], scratch: Path) -> Ma
         asking=run.options.rules.asking,
         datasets={name: own.actions for name, own in stats.items()},
         states={name: own.states for name, own in stats.items() if own.states is not None},
+        cameras={d.card.name: d.roles for d in run.datasets if d.roles != run.options.rules.asking.cameras},
     )
     write_codec(out, codec)
     write_json(out / STATISTICS_FILE, openvla_layout(stats))
@@ -145,7 +146,7 @@ def _dataset(dataset: DatasetOnDisk, run: Run, reports: list[ShardReport]) -> Co
         folder=str(dataset.folder.relative_to(dataset.data.path)),
         splits=dataset.splits,
         recipe=dataset.spec.recipe,
-        cameras=tuple(camera.role for camera in dataset.cameras),
+        cameras=dataset.roles,
         weight=dataset.weight,
         weight_share=0.0,
         share=0.0,

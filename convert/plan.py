@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert.episodes import cameras_of
 from convert.options import Rules
-from convert.prompt import Asking
+from convert.prompt import Asking, CameraRole
 from convert.samples import Camera
 from convert.shards import ShardJob
 from oxe_mix.card_check import check_fits
@@ -48,6 +48,11 @@ class DatasetOnDisk:
     splits: tuple[str, ...]
     cameras: tuple[Camera, ...]  # of those asked for
     mods: RecordMods  # of the mix; what a download applied already is not among them
+
+    @property
+    def roles(self) -> tuple[CameraRole, ...]:
+        """What the cameras of this dataset are, in the order of a question's frames."""
+        return tuple(camera.role for camera in self.cameras)
 
     @property
     def weight(self) -> float:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convert.action_codec import decode, read_codec
+from convert.action_codec import decode, read_codec, write_codec
 from oxe_mix.errors import UserError
 from tests.conftest import OXE_MIX, PYTHON, ROOT, run
 from tests.serving import write_checkpoint
@@ -18,6 +21,7 @@ from train_llava.acting.act_command import ActOptions, run_act
 from train_llava.acting.load import Loading, load_policy
 from train_llava.acting.observation import Observation, ObservationError
 from train_llava.loading import load_checkpoint
+from train_llava.processor import OneViewProcessor
 
 CPU = Loading(device="cpu")
 RED = "Pick up the red block."
@@ -184,6 +188,7 @@ def test_in_bf16_it_answers(plain: Path, frames: Path, capsys: Any) -> None:
         ({"images": ("none.jpg",)}, "no such image"),
         ({"images": ("primary=x.jpg",), "unnorm_key": None}, "missing: wrist=PATH"),
         ({"images": ("a.jpg",)}, "of several cameras; write CAMERA=PATH"),
+        ({"images": ("wrist=a.jpg", "wrist=b.jpg")}, "--image wrist=b.jpg: wrist is a.jpg already"),
         ({"images": ("wirst=a.jpg",)}, "no camera 'wirst'; did you mean wrist?"),
         ({"state": "0.1 up"}, '--state \'0.1 up\': give numbers, as "0.31 -0.02 0.15"'),
         ({"state": "0.1 0.2"}, "state: of shape [2]; give [8] in robot units"),
@@ -201,6 +206,49 @@ def test_what_will_not_do_is_said_in_one_line(
         _act(capsys, plain if asked.get("images") == ("none.jpg",) else seeing_much, **usual | asked)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_an_answer_beyond_what_was_recorded_is_clamped_and_said(
+    plain: Path, frames: Path, tmp_path: Path, capsys: Any
+) -> None:
+    narrow = shutil.copytree(plain, tmp_path / "run")
+    codec = read_codec(narrow)
+    own = codec.datasets["viola"]
+    recorded = own.model_copy(update={"min": (-0.01,) * 6 + (0.0,), "max": (0.01,) * 6 + (1.0,)})
+    write_codec(narrow, codec.model_copy(update={"datasets": {**codec.datasets, "viola": recorded}}))
+    (answer,) = _act(capsys, narrow, images=(str(frames / "frame_0.png"),))
+    assert np.abs(np.array(answer["actions"])[:, :6]).max() <= 0.01
+    assert {one["rule"] for one in answer["clamped"]} == {"range"}
+
+
+def test_the_time_of_scaling_and_tokenizing_is_told(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(plain, CPU)
+    frames = OneViewProcessor.frames
+
+    def slowly(self: OneViewProcessor, views: Any) -> Any:
+        time.sleep(0.05)
+        return frames(self, views)
+
+    monkeypatch.setattr(OneViewProcessor, "frames", slowly)
+    frame = np.zeros((8, 8, 3), np.uint8)
+    (answer,) = policy.answer([policy.question(Observation({"primary": frame}, RED, "viola"))])
+    assert answer.latency.preprocess > 50
+
+
+def test_a_request_says_each_thing_once_and_in_text(
+    plain: Path, frames: Path, tmp_path: Path, capsys: Any
+) -> None:
+    file, picture = tmp_path / "asked.jsonl", str(frames / "frame_0.png")
+    twice = json.dumps({"image": picture, "images": {"primary": picture}}).encode()
+    half = json.dumps({"image": picture, "instruction": "\ud800"}).encode()
+    for content, message in (
+        (twice, "asked.jsonl:1: has image"),
+        (b'{"instruction": "\xff"}', "asked.jsonl: is no UTF-8 text"),
+        (half, "asked.jsonl:1: instruction: is no"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=re.escape(message)):
+            _act(capsys, plain, requests=file)
 
 
 def test_streams_of_different_length_are_not_paired(seeing_much: Path, frames: Path, capsys: Any) -> None:
@@ -223,6 +271,7 @@ def test_streams_of_different_length_are_not_paired(seeing_much: Path, frames: P
         ("unnorm_key", {"unnorm_key": None}),
         ("unnorm_key", {"unnorm_key": "violin"}),
         ("state", {"state": np.zeros(7)}),
+        ("instruction", {"instruction": "go \udfff"}),
     ],
 )  # fmt: skip
 def test_an_observation_that_will_not_do_names_its_field(plain: Path, field: str, change: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,71 @@ def test_batches_in_between_leave_what_is_kept_alone(tiny: Tiny) -> None:
     _same(again, fresh.predict([QUESTIONS[0]], views[2:], ["viola"]))
 
 
+@pytest.mark.parametrize("fixture", ["tiny", "slotted"])
+def test_a_pass_that_fails_leaves_nothing_for_the_next_answer(
+    fixture: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a GPU's memory is full for a moment: cache and prompt are there, their keys are not."""
+    model, processor = request.getfixturevalue(fixture)
+    codec = CODEC if fixture == "tiny" else CHUNK
+    keeping, fresh = (ActionDecoder(model, processor, codec, reuse=reuse) for reuse in (True, False))
+    views = _views(1)
+    layer: Any = model.model.language_model.layers[0]
+    for before in range(2):  # at the very first pass, and after one that went well
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "forward", _out_of_memory)
+            with pytest.raises(MemoryError):
+                keeping.predict([QUESTIONS[before]], views, ["viola"])
+        for _ in range(2):
+            found = keeping.predict([QUESTIONS[before]], views, ["viola"])
+            _same(found, fresh.predict([QUESTIONS[before]], views, ["viola"]))
+        assert found.reused
+
+
+def _out_of_memory(*_: Any, **__: Any) -> None:
+    raise MemoryError
+
+
+def test_each_question_of_a_batch_has_its_own_robot_and_cameras(tiny: Tiny) -> None:
+    gripperless = action_stats(
+        np.random.default_rng(1).normal(size=(50, 7)).astype(np.float32), (True,) * 7, 1
+    )
+    codec = CODEC.model_copy(update={"datasets": {"viola": STATS, "bare": gripperless}})
+    decoder = ActionDecoder(*tiny, codec)
+    asked = [Asking().question(f"pick up the {color} block", 2) for color in ("red", "green")]
+    views, keys = _views(4), ["bare", "viola"]
+    together = decoder.predict(asked, views, keys)
+    for i, key in enumerate(keys):
+        alone = decoder.predict([asked[i]], views[2 * i : 2 * i + 2], [key])
+        _same(alone, together, i)
+    # Only the one with a gripper has half of the bins for it.
+    entropies = together.entropies[:, 0, -1]
+    assert entropies[1] <= np.log(128) + 1e-4
+    other = decoder.predict(asked, views, keys[::-1])
+    assert (other.entropies[:, 0, -1] != entropies).all()
+
+
+def test_with_fewer_heads_for_keys_than_for_queries_it_is_the_same_model(slotted: Tiny) -> None:
+    """As in the models that people train: cached, cut at the end, with slots, beside the plain model."""
+    stock, processor = slotted
+    config: Any = copy.deepcopy(stock.config)
+    config.text_config.num_key_value_heads = 1
+    torch.manual_seed(3)
+    model = OneViewLlava(config).eval()
+    ids = [*processor.prompt_ids(QUESTIONS[0], [17]), *slot_ids(processor.tokenizer)]
+    views, action_ids = _views(1), prove_action_tokens(processor.tokenizer)
+    slots = torch.tensor([[len(ids) - 14, len(ids)]])
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), _pixels(processor, views), slots=slots).logits[
+            0, -14:, action_ids
+        ]
+    possible = torch.from_numpy(np.tile(STATS.possible_bins("uniform256"), (2, 1)))
+    shares = logits.masked_fill(~possible, -torch.inf).softmax(-1)
+    found = ActionDecoder(model, processor, CHUNK, reuse=True).predict([QUESTIONS[0]], views, ["viola"])
+    assert (shares.argmax(-1).numpy() == found.bins.reshape(-1)).all()
+    assert np.abs(shares.amax(-1).numpy() - found.probabilities.reshape(-1)).max() < 1e-5
+
+
 def test_a_draw_depends_on_its_seed_alone(tiny: Tiny) -> None:
     decoder = ActionDecoder(*tiny, CODEC)
     views = _views(3)
@@ -341,7 +407,10 @@ def test_a_static_cache_keeps_its_place_in_memory(tiny: Tiny) -> None:
     model, processor = tiny
     cache = PromptCache(model.config, processor.image_token_id, keep=True)
     prompts = [processor.prompt_ids(asked, [17]) for asked in QUESTIONS]
-    taken = [cache.take([prompt], 1, 6)[0] for prompt in prompts]
+    taken = []
+    for prompt in prompts:
+        taken.append(cache.take([prompt], 1, 6)[0])
+        cache.filled([prompt], taken[-1])
     assert all(one is taken[0] for one in taken)
     assert cache.take(prompts, 1, 6)[0] is not taken[0]  # of a batch
     assert cache.take([prompts[0] * 4], 1, 6)[0] is not taken[0]  # too long

@@ -9,9 +9,11 @@ import yaml
 
 from convert.action_codec import read_codec
 from convert.manifest import read_manifest
+from convert.reader import ConversationReader
 from oxe_mix.cards import Cards, load_cards
 from oxe_mix.trees import shipped_tree
 from tests.conftest import OXE_MIX, run
+from train_llava.recorded import Translation
 
 WIDTHS = sorted({card.action.dims for card in load_cards()})
 
@@ -48,6 +50,12 @@ def test_every_dataset_converts_with_its_own_width(
     assert {d.name for d in manifest.datasets} == expected == set(codec.datasets)
     assert codec.action_dim == width
     assert all(d.steps.written > 0 and d.episodes.total == 2 for d in manifest.datasets)
+    reader = ConversationReader(tmp_path / "llava", "train")
+    for name, samples in reader.ranges.items():
+        asking, sample = codec.asking_of(name), reader[samples[0]]
+        assert len(asking.cameras) == len(sample.frames) == sample.question.count("<image>"), name
+        assert asking.state == ("State: " in sample.question), name
+        assert Translation(codec, name, codec, name).recording(sample, None).question == sample.question
     said = run(OXE_MIX, "check", tmp_path / "llava", "--decode").stdout
     assert ", 0 problems," in said
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert.action_codec import read_codec
 from convert.frames import TarWriter, open_frames, read_tar_index
 from convert.manifest import read_manifest
 from convert.reader import ConversationReader
@@ -135,6 +136,10 @@ def test_a_camera_that_a_dataset_lacks_is_refused_or_left_out_by_name(data: Path
         ("primary", "wrist"),
         ("primary",),
     ]
+    # Who acts asks as the training did.
+    codec = read_codec(tmp_path / "yes")
+    assert codec.asking_of("kuka").cameras == ("primary",)
+    assert codec.asking_of("viola").cameras == ("primary", "wrist")
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "viola/../../../../x.jpg"])

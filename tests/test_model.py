@@ -137,6 +137,21 @@ def test_anyres_is_the_stock_processor_and_the_stock_model(shape: tuple[int, int
     assert len(features) == processor.num_view_tokens(shape)
 
 
+def test_a_thin_picture_is_made_small_before_it_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, int]] = []
+    new = Image.new
+
+    def noted(mode: str, size: tuple[int, int], *more: Any) -> Image.Image:
+        made.append(size)
+        return new(mode, size, *more)
+
+    thin = Image.new("RGB", (1, 30_000), (255, 0, 0))
+    monkeypatch.setattr(Image, "new", noted)
+    (padded,) = _of_mode("pad")[1].view(thin).patches
+    assert padded.shape == (64, 64, 3)
+    assert max(max(size) for size in made) <= 4 * 64
+
+
 def test_pad_keeps_the_aspect_and_single_stretches() -> None:
     image = Image.new("RGB", (100, 50), (255, 0, 0))
     (padded,) = _of_mode("pad")[1].view(image).patches

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from convert.action_codec import read_codec, write_codec
 from tests.serving import (
     FRAME,
     REQUEST,
@@ -27,6 +28,7 @@ from tests.serving import (
 from train_llava.acting import json_numpy
 from train_llava.acting.handshake import metadata
 from train_llava.acting.limits import Bounds, Limits
+from train_llava.acting.load import Loading, load_policy
 from train_llava.acting.observation import Observation
 from train_llava.acting.policy import Policy
 from train_llava.acting.tally import PHASES
@@ -216,10 +218,50 @@ def test_a_jump_is_measured_from_what_the_same_client_was_sent(checkpoint: Path,
         first, other = ask(one, REQUEST), ask(one, changed)
         alone = ask(two, changed)
         another_robot = ask(one, changed | {"unnorm_key": "bridge_orig"})
+        back = ask(one, changed)
     assert alone["clamped"] == another_robot["clamped"] == []
     assert (alone["actions"] != first["actions"]).any()
-    assert {one["rule"] for one in other["clamped"]} == {"jump"}
+    assert {one["rule"] for one in other["clamped"]} == {one["rule"] for one in back["clamped"]} == {"jump"}
+    assert np.abs(back["actions"] - other["actions"])[0, :6].max() <= 1.01e-4
     assert np.abs(other["actions"] - first["actions"])[0, :6].max() <= 1.01e-4
+
+
+def test_what_no_text_can_hold_is_the_askers_fault(server: Served) -> None:
+    body = {"image": json.loads(json_numpy.dumps(FRAME)), "prompt": "\ud800", "unnorm_key": "viola"}
+    status, said, _ = http(server.port, "/act", json.dumps(body).encode())
+    assert (status, said["error"]) == (
+        400,
+        "prompt: is no Unicode text: it holds half of a surrogate pair",
+    )
+    assert http(server.port, "/healthz")[0] == 200
+
+
+def test_where_actions_are_drawn_each_is_a_draw_of_its_own(checkpoint: Path) -> None:
+    drawing = load_policy(checkpoint, Loading(device="cpu", temperature=1.0))
+    with served(checkpoint, drawing) as running, running.connect() as socket:
+        socket.recv()
+        drawn = {ask(socket, REQUEST)["actions"].tobytes() for _ in range(4)}
+        seeded = {ask(socket, REQUEST | {"seed": 7})["actions"].tobytes() for _ in range(2)}
+    assert (len(drawn), len(seeded)) == (4, 1)
+
+
+def test_a_robot_without_state_or_second_camera_is_asked_without(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "run", cameras=("primary", "wrist"), state=True)
+    codec = read_codec(folder)
+    states = {"bridge_orig": codec.states["bridge_orig"]}
+    write_codec(folder, codec.model_copy(update={"states": states, "cameras": {"viola": ("primary",)}}))
+    both = REQUEST | {"observation/wrist_image": FRAME, "state": np.zeros(8)}
+    with served(folder, tiny_policy(folder)) as running, running.connect() as socket:
+        told = decoded(socket.recv())
+        assert "actions" in ask(socket, REQUEST)
+        assert "actions" in ask(socket, both | {"unnorm_key": "bridge_orig"})
+        too_much = ask(socket, REQUEST | {"observation/wrist_image": FRAME})
+        state = ask(socket, REQUEST | {"state": np.zeros(8)})
+    assert too_much.endswith("the checkpoint knows no camera wrist of viola; it takes primary")
+    assert state == "state: the checkpoint was trained without the state of viola"
+    viola, bridge = told["robots"]["viola"], told["robots"]["bridge_orig"]
+    assert (viola["cameras"], viola["state_width"]) == (["primary"], None)
+    assert (bridge["cameras"], bridge["state_width"]) == (["primary", "wrist"], 8)
 
 
 def test_the_metrics_are_what_prometheus_reads(server: Served) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
@@ -188,10 +189,21 @@ def test_no_more_connections_than_that_and_some(checkpoint: Path, policy: Policy
         time.sleep(0.2)
         with sockets.create_connection(("127.0.0.1", running.port)) as another:
             assert another.recv(100).startswith(b"HTTP/1.1 503 ")
+        with pytest.raises(InvalidStatus, match="503"):
+            running.connect()
         for one in idle:
             one.close()
         time.sleep(0.2)
         assert http(running.port, "/healthz")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/metrics", "/", "/none"])
+def test_who_only_looks_or_may_not_keeps_no_connection(guarded: Served, path: str) -> None:
+    one = HTTPConnection("127.0.0.1", guarded.port)  # it would keep its connection
+    one.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"} if path == "/metrics" else {})
+    answer = one.getresponse()
+    answer.read()
+    assert answer.will_close
 
 
 def test_who_connects_and_says_nothing_is_hung_up_on(

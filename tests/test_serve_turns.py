@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket as sockets
 import threading
 import time
 from collections import deque
@@ -27,6 +29,7 @@ from tests.serving import (
     tiny_policy,
     write_checkpoint,
 )
+from train_llava.acting import json_numpy
 from train_llava.acting.msgpack_numpy import pack
 from train_llava.acting.observation import Observation
 from train_llava.acting.policy import Policy
@@ -130,6 +133,23 @@ def test_who_leaves_is_not_asked_for(checkpoint: Path, policy: Policy) -> None:
             hasty.recv()
             hasty.send(pack(REQUEST | {"prompt": "forget this"}))
             time.sleep(0.05)
+        assert "actions" in decoded(patient.recv())
+        assert "actions" in ask(patient, REQUEST)
+    assert not any("forget" in text for batch in slow.batches for text in batch)
+
+
+def test_who_hangs_up_over_http_is_not_asked_for(checkpoint: Path, policy: Policy) -> None:
+    slow = SlowPolicy(policy, 0.3)
+    body = {"image": json.loads(json_numpy.dumps(FRAME)), "prompt": "forget this", "unnorm_key": "viola"}
+    text = json.dumps(body).encode()
+    head = f"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n".encode()
+    with served(checkpoint, slow) as running, running.connect() as patient:
+        patient.recv()
+        patient.send(pack(REQUEST))
+        for _ in range(5):
+            with sockets.create_connection(("127.0.0.1", running.port)) as hasty:
+                hasty.sendall(head + text)
+                time.sleep(0.05)
         assert "actions" in decoded(patient.recv())
         assert "actions" in ask(patient, REQUEST)
     assert not any("forget" in text for batch in slow.batches for text in batch)

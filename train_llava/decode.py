@@ -45,13 +45,15 @@ class Prediction:
     """What the model answers for a batch.
 
     bins: int64 [B, H, A]. probabilities: float32 [B, H, A], the model's own, of each bin among those
-    possible. entropies: float32 [B, H, A], nats, of that distribution. prefill_ms, decode_ms: of the pass
-    over the prompt, and of all passes after it. reused: prompt tokens that were in the cache already.
+    possible. entropies: float32 [B, H, A], nats, of that distribution. prepare_ms, prefill_ms, decode_ms: of
+    ids and pixels, of the pass over the prompt, and of all passes after it. reused: prompt tokens that were
+    in the cache already.
     """
 
     bins: Bins
     probabilities: NDArray[np.float32]
     entropies: NDArray[np.float32]
+    prepare_ms: float
     prefill_ms: float
     decode_ms: float
     reused: int
@@ -133,12 +135,14 @@ class ActionDecoder:
 
         Returns: the same bins alone as in a batch: prompts are padded on the left.
         """
+        begun = time.perf_counter()
         prompts = self._prompts(questions, views)
         temperature = 1.0 if sampling is None else sampling.temperature
         was_training = self._model.training
         self._model.eval()
         try:
             batch = self._batch(prompts, views, unnorm_keys, sampling)
+            prepared = (time.perf_counter() - begun) * 1000
             attending = masked if batch.is_padded else unpadded
             with torch.inference_mode(), attending(self._model.model.language_model):
                 picked, times, reused = self._answer(prompts, batch, temperature)
@@ -149,6 +153,7 @@ class ActionDecoder:
             picked.bins.numpy(force=True).reshape(shape),
             picked.probabilities.numpy(force=True).reshape(shape),
             picked.entropies.numpy(force=True).reshape(shape),
+            prepared,
             *times,
             reused,
         )
@@ -200,6 +205,8 @@ class ActionDecoder:
         start = self._now()
         cache, reused = self._cache(prompts)
         picked = [self._pick(self._prefill(batch, cache, reused), batch, 0, temperature)]
+        if cache is not None:
+            self._kept.filled(prompts, cache)
         # Asked for the time, a GPU is waited for; that costs nothing at an answer's end, and once here.
         middle = self._now()
         if not self._slots:

@@ -17,7 +17,7 @@ from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.files import prove_writable, read_json, read_model, write_json
 from oxe_mix.text import count, say, warn
 from train_llava.config import CHECKPOINTS, RunConfig, load_config, refuse_unended
-from train_llava.recorded import other_statistics, refuse_other_masks, refuse_other_tokens
+from train_llava.recorded import other_statistics, refuse_other_dataset, refuse_other_tokens
 
 if TYPE_CHECKING:
     from train_llava.model import OneViewLlava
@@ -128,7 +128,7 @@ def _keys(
             f"{', '.join(sorted(codec.datasets))}"
         )
     for name, key in keys.items():
-        refuse_other_masks(measured, name, codec, key)
+        refuse_other_dataset(measured, name, codec, key)
     return keys
 
 

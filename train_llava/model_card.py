@@ -178,9 +178,10 @@ def _acting(source: CardSource) -> str:
         return left_out(CODEC_FILE)
     key, instruction = _example(source, codec)
     images = ["--image camera.jpg"]
-    if len(codec.asking.cameras) > 1:
-        images = [f"--image {camera}={camera}.jpg" for camera in codec.asking.cameras]
-    state = ["--state", shlex.quote(_mean_state(codec, key))] if codec.asking.state else []
+    asking = codec.asking_of(key)
+    if len(asking.cameras) > 1:
+        images = [f"--image {camera}={camera}.jpg" for camera in asking.cameras]
+    state = ["--state", shlex.quote(_mean_state(codec, key))] if asking.state else []
     asked = ["--instruction", shlex.quote(instruction), "--unnorm-key", shlex.quote(key)]
     command = " ".join(["python inference_action.py --checkpoint RUN", *images, *state, *asked])
     how = "all from one pass over the prompt" if source.is_parallel else "token by token"

@@ -26,6 +26,7 @@ from oxe_mix.errors import UserError
 
 IGNORE = -100  # the label of a token that is not supervised, as PyTorch's cross entropy has it
 _ANYRES = "anyres_max_9"
+_LONGEST = 4  # sides of the view: a thin picture makes a square of a million times its pixels
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 Size = tuple[int, int]  # height and width, pixels
@@ -139,6 +140,7 @@ class OneViewProcessor(LlavaOnevisionProcessor):
             )
             return View(np.stack(patches).transpose(0, 2, 3, 1).astype(np.uint8), size)
         if self.image_mode == "pad":
+            image.thumbnail((_LONGEST * side[0],) * 2, Image.Resampling.BICUBIC)
             image = _padded(image, tuple(int(value * 255) for value in self.image_processor.image_mean))
         return View(np.asarray(image.resize(side[::-1], Image.Resampling.BICUBIC))[None], size)
 

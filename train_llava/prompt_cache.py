@@ -32,7 +32,8 @@ class PromptCache:
         return self._keep and num_prompts == 1
 
     def take(self, prompts: list[list[int]], own: int, later: int) -> tuple[StaticCache, int]:
-        """A cache to fill, and how many tokens of the prompt it holds already.
+        """A cache to fill, and how many tokens of the prompt it holds already. What it holds is forgotten
+        until `filled`: a pass that fails leaves it half written.
 
         Args:
             own: the last so many tokens of a prompt are computed, whatever is held.
@@ -40,15 +41,18 @@ class PromptCache:
         """
         kept, longest = None, max(map(len, prompts)) + later
         if self.keeps(len(prompts)):
-            kept = self._kept
+            kept, self._kept = self._kept, None
         if kept is None or kept.cache.get_max_length() < longest:
             kept = _Kept(StaticCache(self._config, -(-longest // _STEP) * _STEP), [])
         held = min(_shared_text(kept.prompt, prompts[0], self._image_id), len(prompts[0]) - own)
         for length in lengths_of(kept.cache):
             length.fill_(held)
-        if self.keeps(len(prompts)):
-            self._kept = _Kept(kept.cache, prompts[0])
         return kept.cache, held
+
+    def filled(self, prompts: list[list[int]], cache: StaticCache) -> None:
+        """The pass over the prompts came to its end."""
+        if self.keeps(len(prompts)):
+            self._kept = _Kept(cache, prompts[0])
 
 
 def _shared_text(held: list[int], prompt: list[int], image_id: int) -> int:

@@ -35,12 +35,9 @@ class Translation:
         """`key`: what the model calls the dataset `name`. Raises: UserError when it knows no such one."""
         self.measured: ActionStats = data.datasets[name]
         self.key, self.own = codec.stats(key)
-        self._asking, self._binning, self._shape = (
-            codec.asking,
-            codec.binning,
-            (codec.chunk, codec.action_dim),
-        )
-        self._states = (data.states[name], codec.states[key]) if codec.asking.state else None
+        self.asking = codec.asking_of(key)
+        self._binning, self._shape = codec.binning, (codec.chunk, codec.action_dim)
+        self._states = (data.states[name], codec.states[key]) if self.asking.state else None
 
     def recording(self, sample: Sample, before: Sample | None) -> Recording:
         """A sample, with the one that stands before it in the folder.
@@ -60,7 +57,7 @@ class Translation:
 
     def instruction(self, sample: Sample) -> str:
         """What the robot was told to do."""
-        return self._asking.instruction(sample.question)
+        return self.asking.instruction(sample.question)
 
     def state(self, sample: Sample) -> Floats | None:
         """The robot's own state, [S], robot units: the centres of its bins; None where a model is not told
@@ -96,13 +93,11 @@ class Translation:
         if self._states is None or self._states[0] == self._states[1]:
             return question
         state = self._translated(self._state(question), *self._states)[0]
-        return self._asking.question(
-            self._asking.instruction(question), question.count(IMAGE), state.tolist()
-        )
+        return self.asking.question(self.asking.instruction(question), question.count(IMAGE), state.tolist())
 
     def _state(self, question: str) -> Bins:
         """[1, S], from a question that holds them."""
-        return np.array([self._asking.state_bins(question)], np.int64)
+        return np.array([self.asking.state_bins(question)], np.int64)
 
 
 def refuse_other_tokens(data: tuple[Path, ActionCodec], checkpoint: tuple[Path, ActionCodec]) -> None:
@@ -122,10 +117,17 @@ def refuse_other_tokens(data: tuple[Path, ActionCodec], checkpoint: tuple[Path, 
             )
 
 
-def refuse_other_masks(data: ActionCodec, name: str, codec: ActionCodec, key: str) -> None:
-    """Raises: UserError when a dataset's movements and grippers are not where the model has them."""
+def refuse_other_dataset(data: ActionCodec, name: str, codec: ActionCodec, key: str) -> None:
+    """Raises: UserError when a dataset's movements and grippers are not where the model has them, or it has
+    other cameras or no state.
+    """
     if data.datasets[name].mask != codec.datasets[key].mask:
         raise UserError(f"{name}: movements and gripper are not the dimensions that they are in {key}")
+    if (theirs := data.asking_of(name)) != (own := codec.asking_of(key)):
+        shown, known = (
+            f"{', '.join(one.cameras)}{' and the state' if one.state else ''}" for one in (theirs, own)
+        )
+        raise UserError(f"{name}: is asked about with {shown}, but the checkpoint's {key} with {known}")
 
 
 def other_statistics(data: ActionCodec, name: str, codec: ActionCodec, key: str) -> str:

@@ -109,5 +109,6 @@ def _joined(codec: ActionCodec, other: ActionCodec, source: SourceConfig) -> Act
         update={
             "datasets": {**codec.datasets, **other.datasets},
             "states": {**codec.states, **other.states},
+            "cameras": {**codec.cameras, **other.cameras},
         }
     )

@@ -161,12 +161,16 @@ def _asked(options: ActOptions, codec: ActionCodec) -> Iterator[_Asked]:
 
 def _seen(options: ActOptions, codec: ActionCodec) -> Iterator[dict[str, Picture]]:
     """What the cameras saw, control step by control step."""
-    cameras: tuple[str, ...] = codec.asking.cameras
+    cameras = _cameras(codec, options.unnorm_key)
     if len(cameras) == 1 and not any("=" in image and not Path(image).exists() for image in options.images):
         for image in options.images:
             yield from ({cameras[0]: picture} for picture in pictures(Path(image), options.stride))
         return
-    streams = dict(_camera_and_path(image, cameras) for image in options.images)
+    streams: dict[str, Path] = {}
+    for camera, path in (_camera_and_path(image, cameras) for image in options.images):
+        if camera in streams:
+            raise UserError(f"--image {camera}={path}: {camera} is {streams[camera]} already")
+        streams[camera] = path
     if missing := [camera for camera in cameras if camera not in streams]:
         raise UserError(
             f"--image: the checkpoint was trained on {', '.join(cameras)}; missing: {missing[0]}=PATH"
@@ -188,16 +192,27 @@ def _camera_and_path(image: str, cameras: tuple[str, ...]) -> tuple[str, Path]:
     return camera, Path(path)
 
 
+def _cameras(codec: ActionCodec, key: str | None) -> tuple[str, ...]:
+    """Of the dataset that is asked about; of all, while it is not known which that is."""
+    if key is None and len(codec.datasets) == 1:
+        key = next(iter(codec.datasets))
+    return codec.asking_of(key or "").cameras
+
+
 def _of_requests(file: Path, options: ActOptions, codec: ActionCodec) -> Iterator[_Asked]:
-    cameras: tuple[str, ...] = codec.asking.cameras
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is no UTF-8 text; requests are lines of JSON") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         request = parse_model(_Request, line.encode(), f"{file}:{number}", "a request")
+        if request.image and request.images:
+            raise UserError(f"{file}:{number}: has image and images; give one of them")
+        cameras = _cameras(codec, request.unnorm_key or options.unnorm_key)
         paths = request.images or ({cameras[0]: request.image} if request.image else {})
         images = {}
         for camera, path in paths.items():

@@ -25,7 +25,7 @@ class Connection:
         self._inbox: asyncio.Queue[tuple[str | bytes, float]] = asyncio.Queue()
         self._pending = 0
         self._is_stopping = False
-        self._last: Reply | None = None
+        self._last: dict[str, Reply] = {}
 
     async def run(self) -> None:
         """Until the client goes, or is sent away. What it waited for then is not asked of the model."""
@@ -80,8 +80,9 @@ class Connection:
         try:
             if isinstance(message, str):
                 raise RequestError("request", "is text; send msgpack in a binary message", "message")
-            self._last = await self._service.act(unpack(message), "websocket", self._last, since)
-            return pack(self._last.as_message())
+            reply = await self._service.act(unpack(message), "websocket", self._last, since)
+            self._last[reply.unnorm_key] = reply
+            return pack(reply.as_message())
         except RequestError as error:
             self._service.tally.errors[error.kind] += 1
             return str(error)

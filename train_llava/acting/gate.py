@@ -15,7 +15,7 @@ from train_llava.acting.arrays import RequestError
 
 _SHORTEST_TOKEN = 16
 _SCHEMES = ("bearer", "api-key")  # openpi-client's `api_key` is sent as Api-Key
-_FIRST_REQUEST_S = 10.0
+_FIRST_REQUEST_S, _FULL_S = 10.0, 0.2
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -97,7 +97,9 @@ class Door:
 
 
 class _Full(asyncio.Protocol):
+    """Says no. What is asked is read and left: closed with something unread, a client would not see why."""
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
         transport.write(_FULL)
-        transport.close()
+        asyncio.get_running_loop().call_later(_FULL_S, transport.close)

@@ -73,5 +73,6 @@ def _robot(key: str, codec: ActionCodec, card: Card | None) -> dict[str, Any]:
         "action_kind": UNKNOWN if card is None else card.action_kind,
         "action_names": list(ARM) if is_arm(card, codec.action_dim) else UNKNOWN,
         "units": UNKNOWN if units is None else list(units),
+        "cameras": list(codec.asking_of(key).cameras),
         "state_width": len(codec.states[key].mask) if codec.asking.state and key in codec.states else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,7 +68,8 @@ def incoming(fields: Mapping[str, object], keys: ObsKeys, caps: Caps) -> Incomin
             instruction=_text(prompt, said_by.get("prompt", "prompt"), caps),
             unnorm_key=None if key is None else _text(key, said_by["unnorm_key"], caps),
             state=_state(given["state"], said_by["state"]) if given.get("state") is not None else None,
-            seed=_seed(given["seed"], said_by["seed"]) if given.get("seed") is not None else 0,
+            # Without one, a draw of its own for each answer.
+            seed=secrets.randbits(63) if given.get("seed") is None else _seed(given["seed"], said_by["seed"]),
         ),
         said_by,
     )

@@ -12,6 +12,7 @@ from PIL import Image
 
 from convert import action_codec
 from convert.action_codec import ActionCodec, ActionStats, Bins
+from convert.prompt import Asking
 from oxe_mix.errors import UserError, did_you_mean
 from train_llava.acting.observation import Observation, ObservationError
 from train_llava.decode import ActionDecoder, Sampling
@@ -32,7 +33,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Milliseconds of an answer; prefill and decode are those of the batch that it was part of."""
+    """Milliseconds of an answer; prefill and decode, and of preprocessing the last part, are those of the
+    batch that it was part of.
+    """
 
     preprocess: float
     prefill: float
@@ -101,12 +104,15 @@ class Policy:
         """
         start = time.perf_counter()
         key, stats = self._stats(observation.unnorm_key)
-        images = self._images(observation)
-        state = self._state(observation, key)
+        asking = self.codec.asking_of(key)
+        images = self._images(observation, asking.cameras, key)
+        state = self._state(observation, asking, key)
+        if not _is_unicode(observation.instruction):
+            raise ObservationError("instruction", "is no Unicode text: it holds half of a surrogate pair")
         if found := [mark for mark in self._marks if mark in observation.instruction.lower()]:
             raise ObservationError("instruction", f"holds {found[0]}, which the model's prompts are made of")
         try:
-            text = self.codec.asking.question(observation.instruction, len(images), state)
+            text = asking.question(observation.instruction, len(images), state)
         except ValueError as error:
             raise ObservationError("instruction", str(error)) from error
         views = tuple(self._processor.view(Image.fromarray(image)) for image in images)
@@ -131,7 +137,11 @@ class Policy:
                 predicted.bins[i],
                 predicted.probabilities[i],
                 predicted.entropies[i],
-                Latency(question.preprocess_ms, predicted.prefill_ms, predicted.decode_ms),
+                Latency(
+                    question.preprocess_ms + predicted.prepare_ms,
+                    predicted.prefill_ms,
+                    predicted.decode_ms,
+                ),
             )
             for i, question in enumerate(questions)
         ]
@@ -146,30 +156,30 @@ class Policy:
             )
             raise ObservationError("unnorm_key", problem) from error
 
-    def _images(self, observation: Observation) -> list[NDArray[np.uint8]]:
+    def _images(self, observation: Observation, cameras: Sequence[str], key: str) -> list[NDArray[np.uint8]]:
         """One per camera, in the model's order."""
-        wanted, given = set(self.cameras), set(observation.images)
+        wanted, given = set(cameras), set(observation.images)
         if missing := sorted(wanted - given):
             raise ObservationError("images", f"no image of camera {', '.join(missing)}")
         if extra := sorted(given - wanted):
             raise ObservationError(
                 "images",
-                f"the checkpoint knows no camera {', '.join(extra)}; it takes {', '.join(self.cameras)}",
+                f"the checkpoint knows no camera {', '.join(extra)} of {key}; it takes {', '.join(cameras)}",
             )
-        images = [observation.images[camera] for camera in self.cameras]
-        for camera, image in zip(self.cameras, images, strict=True):
+        images = [observation.images[camera] for camera in cameras]
+        for camera, image in zip(cameras, images, strict=True):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ObservationError(
                     "images", f"{camera} is {image.dtype} {list(image.shape)}; give uint8 [H, W, 3]"
                 )
         return images
 
-    def _state(self, observation: Observation, key: str) -> list[int] | None:
+    def _state(self, observation: Observation, asking: Asking, key: str) -> list[int] | None:
         """The robot's state in bins, where the model is told of it."""
         state = observation.state
-        if not self.codec.asking.state:
+        if not asking.state:
             if state is not None:
-                raise ObservationError("state", "the checkpoint was trained without the robot's state")
+                raise ObservationError("state", f"the checkpoint was trained without the state of {key}")
             return None
         stats = self.codec.states[key]
         if state is None or state.shape != (len(stats.mask),):
@@ -179,3 +189,11 @@ class Policy:
             raise ObservationError("state", "holds a value that is not finite")
         bins: list[int] = action_codec.encode(state[None], stats, self.codec.binning)[0].tolist()
         return bins
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -123,7 +123,7 @@ def replay(
 def ask(policy: Policy, translation: Translation, sample: Sample) -> Answer:
     """What a policy answers to a recorded sample. Raises: UserError as `replay`."""
     observation = Observation(
-        images=_images(policy.cameras, sample),
+        images=_images(translation.asking.cameras, sample),
         instruction=translation.instruction(sample),
         unnorm_key=translation.key,
         state=translation.state(sample),
@@ -134,11 +134,10 @@ def ask(policy: Policy, translation: Translation, sample: Sample) -> Answer:
         raise UserError(f"{sample.id}: {error}") from error
 
 
-def _images(cameras: tuple[str, ...], sample: Sample) -> dict[str, NDArray[np.uint8]]:
+def _images(cameras: Sequence[str], sample: Sample) -> dict[str, NDArray[np.uint8]]:
     if len(cameras) != len(sample.frames):
         raise UserError(
-            f"{sample.id}: has {len(sample.frames)} frames, but a policy is asked with all of "
-            f"{', '.join(cameras)}; the dataset does not have these cameras"
+            f"{sample.id}: has {len(sample.frames)} frames, not one of each of {', '.join(cameras)}"
         )
     return {
         camera: np.asarray(open_frame(frame)) for camera, frame in zip(cameras, sample.frames, strict=True)

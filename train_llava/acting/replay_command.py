@@ -25,7 +25,7 @@ from oxe_mix.text import count, say, table, warn
 from train_llava.acting.episodes import find_episode, stretches
 from train_llava.acting.load import Loading, codec_of, load_policy
 from train_llava.dimensions import dimension_names
-from train_llava.recorded import Translation, other_statistics, refuse_other_masks, refuse_other_tokens
+from train_llava.recorded import Translation, other_statistics, refuse_other_dataset, refuse_other_tokens
 
 if TYPE_CHECKING:
     from train_llava.acting.replay import Replayed
@@ -117,7 +117,7 @@ def _prove(options: ReplayOptions) -> _Task:
     name = samples[0].dataset
     key = options.unnorm_key or name
     translation = Translation(measured, name, codec, key)
-    refuse_other_masks(measured, name, codec, key)
+    refuse_other_dataset(measured, name, codec, key)
     warn(other_statistics(measured, name, codec, key))
     return _Task(options, part, samples, translation, codec, _out(options, samples[0].episode))
 
@@ -182,7 +182,7 @@ def _drawing(task: _Task, replayed: Replayed, names: tuple[str, ...]) -> Drawing
                 Seen(task.samples[i].step, np.asarray(open_frame(task.samples[i].frames[place])))
                 for i in shown
             ]
-            for place, camera in enumerate(task.codec.asking.cameras)
+            for place, camera in enumerate(task.translation.asking.cameras)
         },
     )
 
@@ -200,7 +200,7 @@ def _document(task: _Task, replayed: Replayed, names: tuple[str, ...]) -> dict[s
         "episode": task.episode,
         "instruction": task.instruction,
         "unnorm_key": task.translation.key,
-        "cameras": list(task.codec.asking.cameras),
+        "cameras": list(task.translation.asking.cameras),
         "chunk": task.codec.chunk,
         "dimensions": list(names),
         "clamped": [one.as_record() for one in replayed.clamped],

@@ -40,6 +40,8 @@ _STATUS: dict[Kind, int] = {
     "full": 503,
 }
 _PING_S, _BODY_S, _IDLE_S, _STOP_S, _CLOSE_S = 30.0, 30.0, 60.0, 20.0, 2.0
+# Whoever is refused for these, or only looks, keeps no connection from a robot.
+_STRANGERS: tuple[Kind, ...] = ("token", "origin", "message", "full")
 # Connections beside those of robots, so that a full server still says how it is.
 _SPARE = 16
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -71,6 +73,7 @@ class PolicyServer:
             keepalive_timeout=_IDLE_S,
             auto_decompress=False,  # a small body must not become a large one
             shutdown_timeout=_STOP_S,
+            handler_cancellation=True,  # who gave up waiting must not keep the model from those who wait
         )
 
     async def start(self, listener: socket.socket) -> None:
@@ -114,7 +117,10 @@ class PolicyServer:
     def _refusal(self, kind: Kind, status: int, problem: str) -> web.Response:
         self.tally.errors[kind] += 1
         headers = {"WWW-Authenticate": "Bearer"} if kind == "token" else None
-        return web.json_response({"error": problem}, status=status, headers=headers)
+        answer = web.json_response({"error": problem}, status=status, headers=headers)
+        if kind in _STRANGERS:
+            answer.force_close()
+        return answer
 
     def _turned_away(self) -> None:
         self.tally.errors["full"] += 1
@@ -153,7 +159,7 @@ class PolicyServer:
             raise RequestError("request", f"did not come within {_BODY_S:.0f} s", "message") from error
         since = time.perf_counter()
         message, is_encoded = json_numpy.loads(body)
-        reply = await self._service.act(message, "http", None, since)
+        reply = await self._service.act(message, "http", {}, since)
         actions = reply.actions.astype(np.float32)
         text = json_numpy.dumps(actions if self._service.chunk > 1 else actions[0])
         timing = ", ".join(f"{phase};dur={ms:.3f}" for phase, ms in reply.timing_ms.items())
@@ -165,12 +171,16 @@ class PolicyServer:
 
     async def _health(self, _: web.Request) -> web.Response:
         """Whether the model answers; nothing of it is secret."""
+        answer = web.json_response({"status": "ok"})
         if not self._service.turns.is_healthy:
-            return web.json_response({"status": "the model failed at the last request"}, status=503)
-        return web.json_response({"status": "ok"})
+            answer = web.json_response({"status": "the model failed at the last request"}, status=503)
+        answer.force_close()
+        return answer
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        return web.Response(
+        answer = web.Response(
             body=self.tally.exposition().encode(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
         )
+        answer.force_close()
+        return answer

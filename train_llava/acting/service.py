@@ -61,12 +61,12 @@ class Service:
         self.turns = Turns(policy, terms.max_batch, self.tally)
         self._validator = validator
 
-    async def act(self, message: object, way: Way, last: Reply | None, since: float) -> Reply:
+    async def act(self, message: object, way: Way, last: Mapping[str, Reply], since: float) -> Reply:
         """Answer a request.
 
         Args:
-            message: decoded, its arrays still `Packed`. last: what the same client was sent before; a limit
-                of jumps holds from there. since: perf_counter when the request had come.
+            message: decoded, its arrays still `Packed`. last: what the same client was sent last, by
+                unnorm_key; a limit of jumps holds from there. since: perf_counter when the request had come.
 
         Raises: RequestError, naming the field, or `actions` for those that must not be sent.
         """
@@ -75,7 +75,8 @@ class Service:
             answer, waited_ms = await self.turns.ask(asked.observation)
         except ObservationError as error:
             raise asked.refused(error) from error
-        previous = last.actions[-1] if last is not None and last.unnorm_key == answer.unnorm_key else None
+        before = last.get(answer.unnorm_key)
+        previous = None if before is None else before.actions[-1]
         try:
             checked = self._validator.check(answer.unnorm_key, answer.actions, previous)
         except RejectedError as error:

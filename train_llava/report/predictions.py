@@ -19,7 +19,7 @@ from train_llava.acting.policy import Answer, Policy
 from train_llava.acting.replay import ask
 from train_llava.dimensions import dimension_names
 from train_llava.evaluate import pick
-from train_llava.recorded import Recording, Translation, refuse_other_masks, refuse_other_tokens
+from train_llava.recorded import Recording, Translation, refuse_other_dataset, refuse_other_tokens
 from train_llava.report.facts import motion_of
 from train_llava.report.figures import distances
 from train_llava.report.pictures import jpeg
@@ -77,7 +77,7 @@ def _samples(checkpoint: Path, data: Path, most: int) -> tuple[list[Sample], dic
             f"--data {data}: holds no held-out sample of the run's datasets; convert with --val-fraction"
         )
     for name in ranges:
-        refuse_other_masks(measured, name, codec, name)
+        refuse_other_dataset(measured, name, codec, name)
     samples = [reader[index] for own in pick(ranges, most).values() for index in own.tolist()]
     return samples, {name: Translation(measured, name, codec, name) for name in ranges}
 
