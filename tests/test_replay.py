@@ -359,6 +359,7 @@ def test_a_broken_frame_is_named(chunked_policy: Policy, chunked: Path, tmp_path
         for number in range(len(file.read_text().splitlines())):
             edit_line(file, number, lambda line: line["image"].pop())
     with pytest.raises(
-        UserError, match=r"^bridge_orig/train/\d+/\d+/\d+: has 1 frames, not one of each of secondary, primary"
+        UserError,
+        match=r"^bridge_orig/train/\d+/\d+/\d+: has 1 frames, not one of each of secondary, primary",
     ):
         replayed_of(chunked_policy, broken)
