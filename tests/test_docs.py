@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from PIL import Image
 
 from oxe_mix.cli import app
 from tests.check_links import broken
@@ -153,30 +154,37 @@ def test_the_scaling_law_study_draws_nested_fractions(tiny_config: Path, tmp_pat
     config["train"] |= {"max_steps": 2, "global_batch": 16, "micro_batch": 16}
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
     (command,) = _blocks("scaling-law.md", "bash")
-    _, script, *_ = shlex.split(command)
+    _, script, *words = shlex.split(command)
+    small = ("--episodes", "60", "--fractions", "0.3", "0.9", "--config", "short.yaml", "--ranks", "1")
     out = tmp_path / "study"
-    small = (
-        "--episodes",
-        "60",
-        "--fractions",
-        "0.3",
-        "0.9",
-        "--config",
-        tmp_path / "short.yaml",
-        "--ranks",
-        "1",
-    )
-    said = run(PYTHON, ROOT / script, "--out", out, *small).stdout
+    said = run(PYTHON, ROOT / script, *words, "--out", "study", *small, cwd=tmp_path).stdout
     assert said.splitlines()[-1] == f"result: {out / 'scaling.png'}"
     points = json.loads((out / "points.json").read_text())
     assert points[0]["episodes"] < points[1]["episodes"]
     assert all(point["loss"] > 0 for point in points)
-    assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    # Nested: the small one's shards are the first of the large one's, byte for byte.
-    small_ids, large_ids = (_ids(out / name / "llava") for name in ("0.3", "0.9"))
-    assert small_ids < large_ids
+    with Image.open(out / "scaling.png") as picture:
+        assert picture.size == (900, 600)
+    # Nested, and what all are scored on nobody was trained on.
+    few, many = (_episodes(out / name / "llava", "conversations") for name in ("0.3", "0.9"))
+    assert few < many
+    assert _episodes(out / "0.9/llava", "val").isdisjoint(few | many)
+    again = run(PYTHON, ROOT / script, *words, "--out", "study", *small, cwd=tmp_path).stdout
+    assert "oxe-mix convert" not in again
+    another = (*small, "--mix", "bridge.yaml")
+    refused = run(PYTHON, ROOT / script, *words, "--out", "study", *another, cwd=tmp_path, code=2).stderr
+    assert "mix.yaml: an earlier study had another mix; choose another --out" in refused
 
 
-def _ids(llava: Path) -> set[str]:
-    files = [*llava.glob("conversations/*.jsonl"), *llava.glob("val/*.jsonl")]
-    return {json.loads(line)["id"] for file in files for line in file.read_text().splitlines()}
+def test_the_pages_study_is_the_recorded_one() -> None:
+    found = json.loads((ROOT / "benchmarks/results/2026-11-21-scaling-law.json").read_text())["points"]
+    first, last = found[0], found[-1]
+    text = (
+        f"falls from {first['loss']:.3f} with {first['episodes']:,} episodes to {last['loss']:.3f} with "
+        f"{last['episodes']:,}"
+    )
+    assert text in (DOCS / "scaling-law.md").read_text()
+
+
+def _episodes(llava: Path, part: str) -> set[str]:
+    lines = [line for file in (llava / part).glob("*.jsonl") for line in file.read_text().splitlines()]
+    return {json.loads(line)["id"].rpartition("/")[0] for line in lines}

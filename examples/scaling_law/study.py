@@ -17,7 +17,10 @@ from typing import Any
 
 import yaml
 
-from oxe_mix.text import say
+from oxe_mix.cards import load_cards
+from oxe_mix.errors import UserError
+from oxe_mix.mix import find_mix, load_mix
+from oxe_mix.text import complain, say
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -26,29 +29,31 @@ BIN = Path(sys.executable).parent
 def main() -> None:
     """Download, convert, train and score at each fraction; then draw."""
     args = _arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
-    source = args.source or str(_bucket(args.out, args.episodes))
-    mix = yaml.safe_load(Path(args.mix).read_text())
-    largest = max(args.fractions)
-    for fraction in sorted(args.fractions):
-        _prepare(args.out / f"{fraction:g}", source, mix, fraction)
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    load_mix(args.mix, load_cards())  # says what is wrong with it
+    mix = yaml.safe_load(find_mix(args.mix).read_text())
+    source = args.source or str(_bucket(out, args.episodes))
+    fractions = sorted(args.fractions)
+    for fraction in fractions:
+        _prepare(out, source, mix, fraction)
     points = []
-    for fraction in sorted(args.fractions):
-        folder = args.out / f"{fraction:g}"
-        _train(folder, args.config, args.ranks)
-        points.append(_score(folder, args.out / f"{largest:g}" / "llava"))
-    (args.out / "points.json").write_text(json.dumps(points, indent=1) + "\n")
-    _draw(points, args.out / "scaling.png")
+    for fraction in fractions:
+        folder = out / f"{fraction:g}"
+        _train(folder, args.config.resolve(), args.ranks)
+        points.append(_score(folder, out / f"{fractions[-1]:g}" / "llava"))
+    (out / "points.json").write_text(json.dumps(points, indent=1) + "\n")
+    draw(points, out / "scaling.png")
     for point in points:
         say(f"{point['episodes']:>8,} episodes  held-out loss {point['loss']:.3f}  L1 {point['l1']:.3f}")
-    say(f"result: {args.out / 'scaling.png'}")
+    say(f"result: {out / 'scaling.png'}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/scaling-law"))
     parser.add_argument("--fractions", type=float, nargs="+", default=[0.05, 0.2, 0.8])
-    parser.add_argument("--mix", default=str(ROOT / "mixtures/demo.yaml"))
+    parser.add_argument("--mix", type=Path, default=Path("demo.yaml"))
     parser.add_argument("--source", help="where the datasets are; if not given, a bucket of our own")
     parser.add_argument("--episodes", type=int, default=6000, help="of our own bucket")
     parser.add_argument("--config", type=Path, default=ROOT / "train_llava/configs/tiny-cpu.yaml")
@@ -61,16 +66,24 @@ def _bucket(out: Path, episodes: int) -> Path:
     return out / "bucket"
 
 
-def _prepare(folder: Path, source: str, mix: dict[str, Any], fraction: float) -> None:
-    """The mix with all datasets at one fraction. One seed nests them, and holds out the same episodes."""
+def _prepare(out: Path, source: str, mix: dict[str, Any], fraction: float) -> None:
+    """Download the mix with all datasets at one fraction, and convert it.
+
+    All fractions share one data folder, the smallest first: each fetches only what the one before it has not.
+    One seed nests them, and holds out the same episodes.
+    """
+    folder = out / f"{fraction:g}"
     folder.mkdir(exist_ok=True)
-    datasets = [dataset | {"fraction": fraction} for dataset in mix["datasets"]]
-    (folder / "mix.yaml").write_text(yaml.safe_dump(mix | {"datasets": datasets}))
-    _run("oxe-mix", "download", "--mix", folder / "mix.yaml", "--source", source, "--out", folder / "data")
-    held_out = ("--val-fraction", 0.1)
-    _run(
-        "oxe-mix", "convert", "--to", "llava", "--data", folder / "data", "--out", folder / "llava", *held_out
-    )
+    file = folder / "mix.yaml"
+    text = yaml.safe_dump(mix | {"datasets": [own | {"fraction": fraction} for own in mix["datasets"]]})
+    if file.exists() and file.read_text() != text:
+        raise UserError(f"{file}: an earlier study had another mix; choose another --out")
+    file.write_text(text)
+    if (folder / "llava/manifest.json").exists():  # the last file of a conversion
+        return
+    _run("oxe-mix", "download", "--mix", file, "--source", source, "--out", out / "data")
+    words = ("--data", out / "data", "--out", folder / "llava", "--val-fraction", 0.1)
+    _run("oxe-mix", "convert", "--to", "llava", *words)
 
 
 def _train(folder: Path, config: Path, ranks: int) -> None:
@@ -89,27 +102,40 @@ def _score(folder: Path, held_out: Path) -> dict[str, float]:
     return {"episodes": episodes, "loss": found["loss"]["model"], "l1": found["l1"]["model"]}
 
 
-def _draw(points: list[dict[str, float]], file: Path) -> None:
+def draw(points: list[dict[str, float]], file: Path) -> None:
+    """Held-out loss against training episodes, both logarithmic, with the measured values."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    episodes = [point["episodes"] for point in points]
-    axes.plot(episodes, [point["loss"] for point in points], marker="o")
+    episodes, losses = ([point[what] for point in points] for what in ("episodes", "loss"))
+    axes.plot(episodes, losses, marker="o")
     axes.set(xscale="log", yscale="log", xlabel="training episodes", ylabel="held-out loss per token")
+    axes.set_ylim(min(losses) / 1.5, max(losses) * 1.5)  # a fall of 3 % must not look like one of 30
     axes.set_xticks(episodes, [f"{number:,.0f}" for number in episodes])
+    axes.set_yticks([])
     axes.minorticks_off()
+    for place in zip(episodes, losses, strict=True):
+        axes.annotate(f"{place[1]:.3f}", place, (0, 8), textcoords="offset points", ha="center")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 def _run(*words: object) -> None:
+    """Run one of our commands. Ends with its exit code where it fails: it has said why."""
     program, *others = map(str, words)
     say(" ".join(["$", program, *others]))
-    subprocess.run([str(BIN / program), *others], check=True, cwd=ROOT)
+    code = subprocess.run([str(BIN / program), *others], check=False).returncode
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as problem:
+        complain(str(problem))
+        sys.exit(2)
