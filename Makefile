@@ -19,6 +19,13 @@ HOSTFILE ?=
 SEEDS ?= 0 1 2
 CONSTRAINTS ?=
 
+# A misspelt setting would be ignored in silence.
+SETTINGS := CONFIG NPROC LLAVA RUN CHECK_ONLY OVERFIT WEIGHTS_ONLY NNODES NODE_RANK MASTER HOSTFILE SEEDS CONSTRAINTS
+GIVEN := $(foreach word,$(MAKEOVERRIDES),$(if $(findstring =,$(word)),$(firstword $(subst =, ,$(word)))))
+ifneq ($(filter-out $(SETTINGS),$(GIVEN)),)
+$(error $(filter-out $(SETTINGS),$(GIVEN)): no such setting; there are $(SETTINGS))
+endif
+
 .PHONY: setup demo test train bench lint golden clean
 
 setup:

@@ -14,6 +14,8 @@ from convert.prompt import CameraRole
 from oxe_mix.cards import Recipe
 from oxe_mix.errors import UserError
 from oxe_mix.files import read_model, write_json
+from oxe_mix.lock import LOCK_FILE
+from oxe_mix.rlds import INFO_FILE
 from oxe_mix.tfrecord import Damage, Record
 
 MANIFEST_FILE = "manifest.json"
@@ -142,8 +144,10 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a converted folder. Raises: UserError when the folder is none or not finished."""
     file = folder / MANIFEST_FILE
     if not file.exists():
+        holds_rlds = (folder / LOCK_FILE).exists() or any(folder.glob(f"*/*/{INFO_FILE}"))
+        mend = f"--data {folder} --out llava" if holds_rlds else f"--out {folder}"
         raise UserError(
-            f"{folder}: no {MANIFEST_FILE}, so no finished conversion; run oxe-mix convert --out {folder}"
+            f"{folder}: no {MANIFEST_FILE}, so no finished conversion; run oxe-mix convert {mend}"
         )
     return read_model(Manifest, file, "the manifest that oxe-mix convert writes")
 

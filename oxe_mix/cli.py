@@ -13,7 +13,7 @@ import typer
 from oxe_mix.cli_acting import app as acting_app
 from oxe_mix.cli_models import app as models_app
 from oxe_mix.cli_report import app as report_app
-from oxe_mix.completion import dataset_names, mix_names
+from oxe_mix.completion import dataset_names, mix_names, one_of
 from oxe_mix.run_app import run_app
 
 app = typer.Typer(
@@ -110,12 +110,22 @@ def convert(
     out: Annotated[Path, typer.Option(help="Folder for conversations, images and the action codec.")] = Path(
         "llava"
     ),
-    only: Annotated[list[str] | None, typer.Option(help="Only this dataset. Again: another one.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this dataset. Again: another one.", autocompletion=dataset_names),
+    ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share of the episodes to hold out, in [0, 1).")] = 0.0,
     statistics: Annotated[
-        str, typer.Option(help="Scale actions by the steps of all episodes, or of train only.")
+        str,
+        typer.Option(
+            help="Scale actions by the steps of all episodes, or of train only.",
+            autocompletion=one_of("all", "train"),
+        ),
     ] = "all",
-    layout: Annotated[str, typer.Option(help="Frames as files, or in one tar per shard.")] = "files",
+    layout: Annotated[
+        str,
+        typer.Option(help="Frames as files, or in one tar per shard.", autocompletion=one_of("files", "tar")),
+    ] = "files",
     array: Annotated[bool, typer.Option("--json", help="All samples as one .json array, too.")] = False,
     images: Annotated[str, typer.Option(help="keep the bytes, or jpeg:Q to turn PNG into JPEG.")] = "keep",
     resize: Annotated[
@@ -127,7 +137,10 @@ def convert(
         bool, typer.Option("--allow-missing", help="Go on where a dataset lacks a camera or state.")
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="Other words around {instruction}.")] = None,
-    binning: Annotated[str, typer.Option(help="uniform256, or openvla255.")] = "uniform256",
+    binning: Annotated[
+        str,
+        typer.Option(help="uniform256, or openvla255.", autocompletion=one_of("uniform256", "openvla255")),
+    ] = "uniform256",
     chunk: Annotated[int, typer.Option(min=1, max=256, help="Actions per answer.")] = 1,
     chunk_end: Annotated[
         str | None, typer.Option(help="Past an episode's end: repeat, neutral or drop; else the card's.")
@@ -137,7 +150,10 @@ def convert(
     drop_idle: Annotated[
         bool, typer.Option("--drop-idle", help="Leave out steps whose tokens say not to move.")
     ] = False,
-    on_bad_record: Annotated[str, typer.Option(help="stop at a broken record, or skip it.")] = "stop",
+    on_bad_record: Annotated[
+        str,
+        typer.Option(help="stop at a broken record, or skip it.", autocompletion=one_of("stop", "skip")),
+    ] = "stop",
     max_bad: Annotated[int, typer.Option(min=0, help="Broken records to skip at most.")] = 10,
     cards: CardsFolder = None,
     workers: Workers = None,

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,10 +50,10 @@ def prove_writable(out: Path) -> Path:
         raise UserError(f"--out {out}: is a folder; name a file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):  # permissions alone do not say it
+            pass
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f"{out}: cannot be written there; choose another --out")
+        raise UserError(f"--out {out}: cannot be written there ({error.strerror}); choose another") from error
     return out
 
 

@@ -159,10 +159,10 @@ def find_mix(mix: Path) -> Path:
     """The file that `--mix` means."""
     if mix.exists() or mix.parent != Path():
         return mix
-    shipped = MIXTURES / mix
+    shipped = MIXTURES / mix.with_suffix(".yaml")
     if not shipped.exists():
-        known = sorted(path.name for path in MIXTURES.glob("*.yaml"))
-        raise UserError(f"{mix}: no such file here or in mixtures/{did_you_mean(str(mix), known)}")
+        known = sorted(path.stem for path in MIXTURES.glob("*.yaml"))  # all endings are alike
+        raise UserError(f"{mix}: no such file here or in mixtures/{did_you_mean(mix.stem, known)}")
     return shipped
 
 

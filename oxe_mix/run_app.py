@@ -8,11 +8,14 @@ import logging
 import re
 import signal
 import sys
+from typing import Any
 
 import typer
 
 from oxe_mix.errors import UserError
 from oxe_mix.interrupt import end_at_once
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer has no public name for it
 
 
 def run_app(commands: typer.Typer) -> None:
@@ -21,13 +24,30 @@ def run_app(commands: typer.Typer) -> None:
     signal.signal(signal.SIGINT, end_at_once)
     try:
         _refuse_empty(sys.argv[1:])
-        commands()
+        sys.exit(commands(standalone_mode=False))
+    except _UsageError as error:
+        sys.exit(_complain_of_usage(error))
     except UserError as error:
         from oxe_mix.text import complain
 
         logging.getLogger(__name__).info("where it was found", exc_info=True)
         complain(str(error))
         sys.exit(2)
+
+
+def _complain_of_usage(error: Any) -> int:
+    """A line as for every other mistake, and where to look. A group that is given nothing shows its help."""
+    from oxe_mix.text import complain
+
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    command = error.ctx.command_path if error.ctx else "oxe-mix"
+    help_is = f"{command} --help lists what there is"
+    if "--verbose" in sys.argv and "--verbose" in str(error):
+        help_is = "--verbose stands before the command: oxe-mix --verbose ..."
+    complain(f"{error.format_message()} ({help_is})")
+    return 2
 
 
 def _refuse_empty(words: list[str]) -> None:

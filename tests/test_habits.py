@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 
 from oxe_mix import fingerprint as fingerprints
-from tests.conftest import OXE_MIX, run
+from tests.conftest import OXE_MIX, ROOT, run
 
 
 def test_the_fingerprint_names_what_decides_about_a_result() -> None:
     lines = run(OXE_MIX, "--version").stdout.splitlines()
     assert re.fullmatch(r"oxe-mix \d+\.\d+\.\d+", lines[0])
     digest = "([0-9a-f]{12})"
-    wanted = rf"code {digest}, cards {digest}, feature trees {digest}, mixes {digest}"
+    wanted = rf"code {digest}, cards {digest}, feature trees {digest}, mixes {digest}, configs {digest}"
     found = re.fullmatch(wanted, lines[1])
     assert found is not None
-    assert len(set(found.groups())) == 4
+    assert len(set(found.groups())) == 5
     assert lines[2].startswith("Python 3.")
+    assert "GPU driver " in lines[2]
     assert "transformers 5." in lines[3]
     assert lines == run(OXE_MIX, "--version").stdout.splitlines()
 
@@ -52,6 +53,8 @@ def test_the_fingerprint_is_of_names_and_bytes(tmp_path: Path, monkeypatch: pyte
         ("oxe-mix datasets ku", {"kuka"}),
         ("oxe-mix download --mix dro", {"droid.yaml", "droid_wipe.yaml"}),
         ("oxe-mix mix check bridge_r", {"bridge_rt_1.yaml"}),
+        ("oxe-mix convert --only ku", {"kuka"}),
+        ("oxe-mix convert --layout t", {"tar"}),
     ],
 )
 def test_a_shell_can_complete(typed: str, expected: set[str]) -> None:
@@ -100,9 +103,33 @@ def test_verbose_shows_where_an_error_was_found() -> None:
         (("mix", "chek"), "check"),
         (("download", "--mixx", "a"), "--mix"),
         (("datasets", "kukka"), "kuka"),
-        (("mix", "check", "defualt.yaml"), "default.yaml"),
+        (("mix", "check", "defualt.yaml"), "default?"),
     ],
 )
 def test_what_was_meant_is_guessed(typed: tuple[str, ...], meant: str) -> None:
     said = run(OXE_MIX, *typed, code=2).stderr
     assert meant in said
+    assert re.fullmatch(r"error: .*\n", said)
+
+
+def test_what_is_not_like_anything_is_not_guessed() -> None:
+    said = run(OXE_MIX, "mix", "check", "nowhere.yaml", code=2).stderr
+    assert "known: bridge, " in said
+
+
+def test_an_option_of_the_whole_is_said_to_be_one() -> None:
+    said = run(OXE_MIX, "datasets", "--verbose", code=2).stderr
+    assert "(--verbose stands before the command: oxe-mix --verbose ...)" in said
+
+
+def test_a_group_alone_shows_its_commands() -> None:
+    done = run(OXE_MIX, "mix", code=2)
+    assert "check" in done.stdout + done.stderr
+
+
+def test_a_setting_that_make_does_not_know_is_refused() -> None:
+    done = subprocess.run(
+        ["make", "-n", "train", "LAVA=x"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "LAVA: no such setting; there are CONFIG NPROC LLAVA" in done.stderr

@@ -84,7 +84,7 @@ def test_the_splits_of_a_dataset_share_version_and_weight(tmp_path: Path, cards:
 
 def test_a_missing_mix_is_looked_up_in_mixtures_and_the_nearest_name_offered(cards: Cards) -> None:
     with pytest.raises(
-        UserError, match=r"defualt.yaml: no such file here or in mixtures/; did you mean default.yaml"
+        UserError, match=r"defualt.yaml: no such file here or in mixtures/; did you mean default"
     ):
         load_mix(Path("defualt.yaml"), cards)
 
