@@ -252,6 +252,8 @@ def read_codec(folder: Path) -> ActionCodec:
     """The codec of a converted folder or of a checkpoint. Raises: UserError when it has none or a broken
     one.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that oxe-mix convert or make train wrote")
     return read_model(ActionCodec, folder / CODEC_FILE, "the action codec that oxe-mix convert writes")
 
 

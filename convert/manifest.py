@@ -143,6 +143,8 @@ class Manifest(_Model):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a converted folder. Raises: UserError when the folder is none or not finished."""
     file = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that oxe-mix convert wrote")
     if not file.exists():
         holds_rlds = (folder / LOCK_FILE).exists() or any(folder.glob(f"*/*/{INFO_FILE}"))
         mend = f"--data {folder} --out llava" if holds_rlds else f"--out {folder}"

@@ -1,5 +1,5 @@
-"""How each command of ours runs and ends: a mistake of the user's is one line and exit 2, a bug of ours keeps
-its traceback.
+"""How each command of ours runs and ends: a mistake of the user's, and a file that the system refuses, is
+one line and exit 2; a bug of ours keeps its traceback.
 """
 
 from __future__ import annotations
@@ -32,6 +32,14 @@ def run_app(commands: typer.Typer) -> None:
 
         logging.getLogger(__name__).info("where it was found", exc_info=True)
         complain(str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        from oxe_mix.text import complain
+
+        logging.getLogger(__name__).info("where it was found", exc_info=True)
+        complain(f"{error.filename}: {error.strerror}")
         sys.exit(2)
 
 

@@ -139,7 +139,7 @@ def test_requests_are_answered_line_by_line_into_a_file_that_is_whole_or_absent(
     assert run_act(asked) == 0
     said = capsys.readouterr().out
     assert said.startswith("3 answers, p50 ")
-    assert said.splitlines()[-1] == f"result: {out}"
+    assert said.splitlines()[-2:] == [f"result: {out}", f"next: oxe-mix serve --checkpoint {seeing_much}"]
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [one["image"] for one in found] == [f"{tmp_path}/asked.jsonl:{i}" for i in (1, 2, 3)]
     out.unlink()

@@ -391,8 +391,9 @@ def test_the_command_scores_a_checkpoint_and_writes_what_it_found(
         lines[0] == f"{checkpoint} (step 40) on 30 held-out samples of 6 datasets in {llava}, batches of 16"
     )
     assert lines[1].startswith("30 held-out samples  ")
-    assert lines[-1] == f"result: {checkpoint / 'eval-llava.json'}"
-    assert lines[-2].startswith("30 samples scored in ")
+    assert lines[-1] == f"next: oxe-mix replay --checkpoint {checkpoint} --data {llava} to look at an episode"
+    assert lines[-2] == f"result: {checkpoint / 'eval-llava.json'}"
+    assert lines[-3].startswith("30 samples scored in ")
     found = json.loads((checkpoint / "eval-llava.json").read_text())
     tiny = load_checkpoint(untrained)
     close(found["report"], report_of(tiny, llava, samples=30, batch=16))

@@ -122,6 +122,23 @@ def test_an_option_of_the_whole_is_said_to_be_one() -> None:
     assert "(--verbose stands before the command: oxe-mix --verbose ...)" in said
 
 
+def test_what_the_system_refuses_is_one_line() -> None:
+    said = run(OXE_MIX, "synth", "--out", "/proc/x", code=2).stderr
+    assert said == "error: /proc/x: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    "words", [("check", "nowhere"), ("act", "--checkpoint", "nowhere", "--image", "a.png")]
+)
+def test_a_folder_that_is_not_there_is_said_to_be_so(words: tuple[str, ...]) -> None:
+    assert "nowhere: no such folder; give one that oxe-mix convert" in run(OXE_MIX, *words, code=2).stderr
+
+
+def test_data_that_was_not_converted_is_said_to_be_so(data: Path) -> None:
+    said = run(OXE_MIX, "check", data, code=2).stderr
+    assert said.endswith(f"run oxe-mix convert --data {data} --out llava\n")
+
+
 def test_a_group_alone_shows_its_commands() -> None:
     done = run(OXE_MIX, "mix", code=2)
     assert "check" in done.stdout + done.stderr

@@ -288,7 +288,7 @@ def test_what_cannot_be_is_refused_before_a_process_is_started(place: Place) -> 
         ("--nnodes", "0"): "NNODES is 0; at least one machine must train",
         ("--node-rank", "1"): "NODE_RANK is 1; of NNODES=1 machines it is 0 or more",
         ("--master", "host:port"): "MASTER=host:port: expected HOST:PORT, such as node1:29500",
-        ("--llava", "no"): "no: no manifest.json, so no finished conversion; run oxe-mix convert --out no",
+        ("--llava", "no"): "no: no such folder; give one that oxe-mix convert wrote",
     }
     run = place.folder / "run-wrong"
     said = {words: place.train("finishes", run, *words) for words in wrong}

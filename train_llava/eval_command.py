@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +82,8 @@ def run_eval(options: EvalOptions) -> int:
     write_json(task.out, _document(task, step) | {"seconds": seconds, "report": report})
     say(f"{summary(report, unit)}\n\n{by_dataset(report)}\n")
     say(f"{count(report['samples'], 'sample')} scored in {seconds} s")
-    say(f"result: {task.out}")
+    where = f"--checkpoint {shlex.quote(str(options.checkpoint))} --data {shlex.quote(str(options.data))}"
+    say(f"result: {task.out}\nnext: oxe-mix replay {where} to look at an episode")
     return 0
 
 

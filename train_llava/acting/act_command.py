@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
@@ -101,6 +102,7 @@ def run_act(options: ActOptions) -> int:
             file.write(f"{line}\n".encode())
     clamped = f"{count(sum(validator.counts.values()), 'value')} clamped"
     say(f"{count(len(totals), 'answer')}, {_spread(totals)}, {clamped}\nresult: {out}")
+    say(f"next: oxe-mix serve --checkpoint {shlex.quote(str(options.checkpoint))}")
     return 0
 
 
