@@ -6,6 +6,7 @@ import re
 import shlex
 
 import pytest
+import yaml
 from typer.main import get_command
 
 from oxe_mix.cli import app
@@ -13,7 +14,7 @@ from tests.conftest import ROOT
 from tests.test_memory import LARGE, SMALL
 from train_llava.activations import Longest
 from train_llava.batch import plan_batch
-from train_llava.config import CheckpointConfig, EvaluationConfig, LoggingConfig, load_config
+from train_llava.config import CheckpointConfig, DataConfig, EvaluationConfig, LoggingConfig, load_config
 from train_llava.memory import estimate, oom_advice
 
 PAGE = (ROOT / "docs/train.md").read_text()
@@ -88,3 +89,10 @@ def test_the_names_of_settings_are_theirs() -> None:
     script = (ROOT / "examples/slurm/train.sbatch").read_text()
     assert "STOP_SECONDS:-540" in script
     assert "TERM@600" in script
+
+
+def test_the_settings_of_several_sources_are_ones() -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    data = DataConfig.model_validate(yaml.safe_load(shown)["data"])
+    assert [(source.name, source.weight) for source in data.sources] == [("more_robots", 0.5), ("chat", 0.1)]
+    assert data.augment is not None
