@@ -22,6 +22,12 @@ DType = Annotated[
 Quantize = Annotated[
     Literal["4bit", "8bit"] | None, typer.Option(help="The language model's weights, by bitsandbytes.")
 ]
+LimitsFile = Annotated[
+    Path | None, typer.Option("--limits", help="YAML; else each dataset's recorded range.")
+]
+OnViolation = Annotated[
+    Literal["clamp", "reject"], typer.Option(help="Send the nearest action allowed, or an error.")
+]
 Temperature = Annotated[float | None, typer.Option(min=0.01, help="Draw actions; else the most likely ones.")]
 CudaGraph = Annotated[
     bool, typer.Option("--cuda-graph", help="Replay one recorded pass per token; not tried on a GPU yet.")
@@ -49,6 +55,8 @@ def act(
     stride: Annotated[int, typer.Option(min=1, help="Of a folder or video, every so many pictures.")] = 1,
     batch: Annotated[int, typer.Option(min=1, help="Observations in a forward pass.")] = 1,
     out: Annotated[Path | None, typer.Option(help="File for the answers; else the screen.")] = None,
+    limits: LimitsFile = None,
+    on_violation: OnViolation = "clamp",
     device: Device = None,
     dtype: DType = None,
     quantize: Quantize = None,
@@ -73,6 +81,8 @@ def act(
         batch=batch,
         seed=seed,
         out=out,
+        limits=limits,
+        on_violation=on_violation,
         loading=Loading(device, dtype, quantize, temperature, cuda_graph),
     )
     raise typer.Exit(run_act(options))
@@ -92,12 +102,28 @@ def replay(
     unnorm_key: Annotated[
         str | None, typer.Option(help="Act with the checkpoint's statistics of this dataset.")
     ] = None,
+    limits: LimitsFile = None,
+    on_violation: OnViolation = "clamp",
     device: Device = None,
+    dtype: DType = None,
+    quantize: Quantize = None,
 ) -> None:
     """Replay a recorded episode by the path that a robot is served by, beside what was recorded."""
+    from train_llava.acting.load import Loading
     from train_llava.acting.replay_command import ReplayOptions, run_replay
 
-    raise typer.Exit(run_replay(ReplayOptions(checkpoint, data, episode, part, out, unnorm_key, device)))
+    options = ReplayOptions(
+        checkpoint=checkpoint,
+        data=data,
+        episode=episode,
+        part=part,
+        out=out,
+        unnorm_key=unnorm_key,
+        limits=limits,
+        on_violation=on_violation,
+        loading=Loading(device, dtype, quantize),
+    )
+    raise typer.Exit(run_replay(options))
 
 
 @app.command()
@@ -115,10 +141,8 @@ def serve(
     ] = None,
     obs_keys: Annotated[Path | None, typer.Option(help="YAML: other names for a request's fields.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Robots that are answered together.")] = 1,
-    limits: Annotated[Path | None, typer.Option(help="YAML; else each dataset's recorded range.")] = None,
-    on_violation: Annotated[
-        Literal["clamp", "reject"], typer.Option(help="Send the nearest action allowed, or an error.")
-    ] = "clamp",
+    limits: LimitsFile = None,
+    on_violation: OnViolation = "clamp",
     max_message_mb: Annotated[int, typer.Option(min=1, help="Of a request.")] = 16,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of an image.")] = 4 * 2**20,
     max_text: Annotated[int, typer.Option(min=1, help="Characters of an instruction.")] = 1000,

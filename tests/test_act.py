@@ -221,6 +221,19 @@ def test_an_answer_beyond_what_was_recorded_is_clamped_and_said(
     assert {one["rule"] for one in answer["clamped"]} == {"range"}
 
 
+@pytest.mark.parametrize("rule", ["clamp", "reject"])
+def test_limits_of_ones_own_hold(plain: Path, frames: Path, tmp_path: Path, capsys: Any, rule: Any) -> None:
+    (tmp_path / "limits.yaml").write_text("default: {high: [0.01, 0.01, 0.01, null, null, null, null]}\n")
+    asked = {"images": (str(frames),), "limits": tmp_path / "limits.yaml", "on_violation": rule}
+    if rule == "reject":
+        with pytest.raises(UserError, match=r"viola: .* \(range\); nothing is sent"):
+            _act(capsys, plain, **asked)
+        return
+    answers = _act(capsys, plain, **asked)
+    assert np.max([answer["actions"][0][:3] for answer in answers]) <= 0.01
+    assert any(answer["clamped"] for answer in answers)
+
+
 def test_the_time_of_scaling_and_tokenizing_is_told(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(plain, CPU)
     frames = OneViewProcessor.frames

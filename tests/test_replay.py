@@ -120,7 +120,7 @@ def test_a_replay_says_what_eval_says_of_the_same_samples(
 ) -> None:
     samples = longest(llava)
     episode, dataset = samples[0].episode, samples[0].dataset
-    options = ReplayOptions(run_folder, llava, episode, out=tmp_path / "out", device="cpu")
+    options = ReplayOptions(run_folder, llava, episode, out=tmp_path / "out", loading=CPU)
     document = document_of(options)
     model, processor = load_checkpoint(run_folder)
     codec = read_codec(llava)
@@ -229,7 +229,7 @@ def test_the_figures_of_chunks_are_of_the_steps_that_were_executed(
 ) -> None:
     samples = {sample.step: sample for sample in longest(chunked)}
     episode = next(iter(samples.values())).episode
-    document = document_of(ReplayOptions(chunked_run, chunked, episode, out=tmp_path, device="cpu"))
+    document = document_of(ReplayOptions(chunked_run, chunked, episode, out=tmp_path, loading=CPU))
     steps, codec = document["steps"], read_codec(chunked)
     assert len({step["asked_at"] for step in steps}) > 1
     recorded, sent = (np.array([step[which] for step in steps]) for which in ("recorded", "sent"))
@@ -268,7 +268,7 @@ def test_the_validator_stands_between_answer_and_robot_across_chunks(
 def test_another_datasets_statistics_can_stand_in(
     run_folder: Path, llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ReplayOptions(run_folder, llava, "viola", out=tmp_path / "own", device="cpu")
+    asked = ReplayOptions(run_folder, llava, "viola", out=tmp_path / "own", loading=CPU)
     own = document_of(asked)
     assert "warning" not in capsys.readouterr().err
     other = document_of(replace(asked, out=tmp_path / "other", unnorm_key="bridge_orig"))
@@ -316,7 +316,7 @@ def test_episodes_are_where_their_samples_are(llava: Path) -> None:
             "--episode viola/train/0/777: no such held-out episode; there are viola/",
         ),
         ({"unnorm_key": "kukka"}, "unknown --unnorm-key 'kukka'; did you mean kuka?"),
-        ({"device": "gpu0"}, "--device gpu0: "),
+        ({"loading": Loading(device="gpu0")}, "--device gpu0: "),
     ],
 )
 def test_what_cannot_be_replayed_is_one_line(
@@ -332,7 +332,7 @@ def test_an_episode_of_the_other_part_says_so(run_folder: Path, llava: Path, tmp
     trained = episode_of(llava, "kuka", "train")
     with pytest.raises(UserError, match=rf"^--episode {trained}: is a training episode; add --part train$"):
         run_replay(ReplayOptions(run_folder, llava, trained))
-    options = ReplayOptions(run_folder, llava, trained, part="train", out=tmp_path, device="cpu")
+    options = ReplayOptions(run_folder, llava, trained, part="train", out=tmp_path, loading=CPU)
     assert document_of(options)["episode"] == trained
 
 

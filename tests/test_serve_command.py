@@ -96,7 +96,7 @@ def test_a_storm_of_broken_messages_breaks_nothing_and_a_taken_port_is_told(chec
         ({"limits": "cam: primry\n"}, r"file\.yaml: cam: "),
         ({"limits": "datasets: {vola: {low: null}}\n"}, r"datasets\.vola: unknown; did you mean viola\?$"),
         ({"host": "203.0.113.7", "token": "x" * 16}, r"^--port 0: cannot be had on 203\.0\.113\.7 "),
-        ({"checkpoint": Path("nowhere")}, r"^nowhere/action_codec\.json: no such file"),
+        ({"checkpoint": Path("nowhere")}, r"^nowhere: no such folder"),
     ],
 )
 def test_what_will_not_do_is_told_before_the_weights_are_read(

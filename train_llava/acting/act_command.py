@@ -18,14 +18,13 @@ from convert.action_codec import ActionCodec
 from oxe_mix.errors import UserError, did_you_mean
 from oxe_mix.files import atomic_write, parse_model, prove_writable
 from oxe_mix.text import count, say
-from train_llava.acting.limits import Limits
 from train_llava.acting.load import Loading, codec_of, load_policy
 from train_llava.acting.observation import Observation, ObservationError
 from train_llava.acting.pictures import Picture, pictures
+from train_llava.acting.validator import ActionValidator, OnViolation, validator_of
 
 if TYPE_CHECKING:
     from train_llava.acting.policy import Answer, Policy
-    from train_llava.acting.validator import ActionValidator
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +41,8 @@ class ActOptions:
     batch: int = 1
     seed: int = 0
     out: Path | None = None
+    limits: Path | None = None
+    on_violation: OnViolation = "clamp"
     loading: Loading = field(default_factory=Loading)
 
 
@@ -77,12 +78,10 @@ def run_act(options: ActOptions) -> int:
     first = next(asked, None)  # a wrong path is told before the model is loaded
     if first is None:
         raise UserError(f"{options.requests}: holds no request")
+    validator = validator_of(codec, options.limits, options.on_violation)
     if options.requests is None:
         _prove(first.observation, codec, options)
     policy = load_policy(options.checkpoint, options.loading)
-    from train_llava.acting.validator import ActionValidator
-
-    validator = ActionValidator(codec, Limits(), action="clamp")
     totals: list[float] = []
 
     def lines() -> Iterator[str]:

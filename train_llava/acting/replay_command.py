@@ -7,7 +7,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from oxe_mix.files import write_json
 from oxe_mix.text import count, say, table, warn
 from train_llava.acting.episodes import find_episode, stretches
 from train_llava.acting.load import Loading, codec_of, load_policy
+from train_llava.acting.validator import OnViolation, validator_of
 from train_llava.dimensions import dimension_names
 from train_llava.recorded import Translation, other_statistics, refuse_other_dataset, refuse_other_tokens
 
@@ -46,7 +47,9 @@ class ReplayOptions:
     part: str = "val"
     out: Path | None = None  # a folder
     unnorm_key: str | None = None  # None: what the episode's dataset is called
-    device: str | None = None
+    limits: Path | None = None
+    on_violation: OnViolation = "clamp"
+    loading: Loading = field(default_factory=Loading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +88,11 @@ def run_replay(options: ReplayOptions) -> int:
     task = _prove(options)
     told = count(len(task.samples), f"{_PARTS[task.part]} sample")
     say(f'{options.checkpoint} on {task.episode}, {told}: "{task.instruction}"')
-    policy = load_policy(options.checkpoint, Loading(device=options.device))
-    from train_llava.acting.limits import Limits
+    validator = validator_of(task.codec, options.limits, options.on_violation)
+    policy = load_policy(options.checkpoint, options.loading)
     from train_llava.acting.replay import figures, replay
     from train_llava.acting.replay_picture import draw_replay
-    from train_llava.acting.validator import ActionValidator
 
-    validator = ActionValidator(task.codec, Limits(), action="clamp")
     replayed = replay(policy, validator, task.translation, task.samples)
     report = figures(replayed, task.dataset, task.codec.binning)
     names = _names(task)
@@ -116,8 +117,9 @@ def _prove(options: ReplayOptions) -> _Task:
     samples = [reader[index] for index in found]
     name = samples[0].dataset
     key = options.unnorm_key or name
-    translation = Translation(measured, name, codec, key)
+    codec.stats(key)  # says which there are
     refuse_other_dataset(measured, name, codec, key)
+    translation = Translation(measured, name, codec, key)
     warn(other_statistics(measured, name, codec, key))
     return _Task(options, part, samples, translation, codec, _out(options, samples[0].episode))
 

@@ -8,17 +8,16 @@ import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from oxe_mix.errors import UserError
 from oxe_mix.text import say
 from train_llava.acting.gate import Gate
 from train_llava.acting.incoming import Caps
-from train_llava.acting.limits import Limits, read_limits
 from train_llava.acting.load import Loading, codec_of, load_policy
 from train_llava.acting.obs_keys import obs_keys
 from train_llava.acting.service import Terms
-from train_llava.acting.validator import ActionValidator
+from train_llava.acting.validator import ActionValidator, OnViolation, validator_of
 
 if TYPE_CHECKING:
     from train_llava.acting.policy import Policy
@@ -38,7 +37,7 @@ class ServeOptions:
     obs_keys: Path | None = None
     max_batch: int = 1
     limits: Path | None = None
-    on_violation: Literal["clamp", "reject"] = "clamp"
+    on_violation: OnViolation = "clamp"
     caps: Caps = field(default_factory=Caps)
     loading: Loading = field(default_factory=Loading)
 
@@ -53,8 +52,7 @@ def run_serve(options: ServeOptions) -> int:
     gate = Gate(options.token, options.allow_origins)
     gate.check_host(options.host)
     terms = Terms(gate, obs_keys(codec.asking, options.obs_keys), options.caps, options.max_batch)
-    limits = Limits() if options.limits is None else read_limits(options.limits)
-    validator = ActionValidator(codec, limits, action=options.on_violation)
+    validator = validator_of(codec, options.limits, options.on_violation)
     with _bound(options.host, options.port) as listener:
         start = time.monotonic()
         policy = load_policy(options.checkpoint, options.loading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from convert.action_codec import ActionCodec
 from oxe_mix.errors import UserError, did_you_mean
-from train_llava.acting.limits import Floats, Held, Limits, Norm, Rule, held
+from train_llava.acting.limits import Floats, Held, Limits, Norm, Rule, held, read_limits
 
 # Where q01 and q99 are one value at the end of the range, the codec's 1e-8 puts bins that far outside. A
 # 10 nm beyond a limit is no harm; a warning for every answer of such a dataset would be. The relative part is
@@ -76,10 +77,18 @@ class _Box:
         return np.asarray(action > self.high + _slack(self.high))
 
 
+OnViolation = Literal["clamp", "reject"]
+
+
+def validator_of(codec: ActionCodec, limits: Path | None, action: OnViolation) -> ActionValidator:
+    """By a file of limits, or by what was recorded. Raises: UserError for a file that will not do."""
+    return ActionValidator(codec, Limits() if limits is None else read_limits(limits), action=action)
+
+
 class ActionValidator:
     """Checks chunks against limits. `counts`, by rule: values clamped, or chunks refused."""
 
-    def __init__(self, codec: ActionCodec, limits: Limits, *, action: Literal["clamp", "reject"]) -> None:
+    def __init__(self, codec: ActionCodec, limits: Limits, *, action: OnViolation) -> None:
         """`action`: on a value beyond its limit, send the nearest that is allowed, or nothing.
 
         Raises: UserError for limits of an unknown dataset, of another width, or that leave no action.
