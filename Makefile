@@ -47,6 +47,7 @@ train: setup
 bench: setup
 	@$(BIN)/python -m benchmarks.three_seeds $(SEEDS)
 	@$(BIN)/python -m benchmarks.parallel
+	@$(BIN)/python -m benchmarks.parallel 0 4
 	@$(BIN)/python -m benchmarks.act
 	@$(BIN)/python -m benchmarks.serve_fuzz
 	@$(BIN)/python -m benchmarks.serve_load

@@ -42,7 +42,7 @@ from oxe_mix.mix import Mix
 CARDS = "cards"
 ARRAY, ARRAY_VAL = "conversations.json", "val.json"
 _NEAR_CONSTANT = 0.99
-_TOP = 5
+_TOP = 12
 
 
 @dataclass(frozen=True, slots=True)

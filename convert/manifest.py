@@ -76,7 +76,7 @@ class Instructions(_Model):
 
     distinct: int
     unlabelled_samples: int  # told their episode's first instruction for want of their own
-    most_repeated: dict[str, int]  # the five with the most episodes, most first
+    most_repeated: dict[str, int]  # the twelve with the most episodes, most first
 
 
 class ConvertedDataset(_Model):

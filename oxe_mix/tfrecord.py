@@ -8,7 +8,7 @@ Source: tensorflow/core/lib/io/record_writer.h.
 from __future__ import annotations
 
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -234,27 +234,6 @@ def read_payload(stream: BinaryIO, place: RecordPlace, name: str) -> bytes:
     if _masked_crc(payload) != place.payload_crc:
         raise TFRecordError(f"{_where(name, place.number, place.offset)}: {_WRONG_DATA}")
     return payload
-
-
-def pick_records(stream: BinaryIO, name: str, numbers: Collection[int]) -> Iterator[Record]:
-    """The records with these numbers, in the file's order; others are passed over by their lengths, unread.
-
-    Raises: TFRecordError for one of them, or a length before it, that is cut off or fails a checksum.
-    """
-    number, offset = 0, 0
-    while number <= max(numbers, default=-1):
-        header = stream.read(_HEADER.size)
-        where = _where(name, number, offset)
-        if len(header) < _HEADER.size:
-            raise TFRecordError(f"{where}: the file ends before the record; fetch it again")
-        length = _payload_length(header, where, number, name)
-        if number in numbers:
-            payload, footer = stream.read(length), stream.read(_FOOTER.size)
-            if len(footer) < _FOOTER.size or _masked_crc(payload) != _FOOTER.unpack(footer)[0]:
-                raise TFRecordError(f"{where}: {_WRONG_DATA}")
-            yield Record(number, offset, header, payload, footer)
-        number, offset = number + 1, offset + FRAME_BYTES + length
-        stream.seek(offset)
 
 
 def _where(name: str, number: int, offset: int) -> str:

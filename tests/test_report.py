@@ -25,7 +25,7 @@ from oxe_mix.errors import UserError
 from oxe_mix.lock import read_lock
 from oxe_mix.rlds import Episode, parse_features
 from oxe_mix.text import size
-from oxe_mix.tfrecord import TFRecordError, frame, pick_records, read_records
+from oxe_mix.tfrecord import read_records
 from tests.conftest import OXE_MIX, run
 from tests.converting import convert, edit_line, lines_of, viola_episode, viola_folder
 from tests.report_pages import Page, report
@@ -232,55 +232,6 @@ def test_of_a_large_dataset_a_seeded_part_is_read_and_each_episode_once(
     monkeypatch.setattr("train_llava.report.from_llava.MOST_EPISODES", 5)
     page = report(llava, tmp_path / "report.html")
     assert f"5 of {len(all_of_it):,} training episodes read" in page.text
-
-
-def test_a_record_is_found_without_those_before_it(tmp_path: Path) -> None:
-    payloads = [bytes([i]) * (i + 1) * 10 for i in range(6)]
-    file = tmp_path / "shard"
-    content = bytearray(b"".join(map(frame, payloads)))
-    content[15] ^= 1  # in the payload of the first one, which nobody asks for
-    file.write_bytes(content)
-    with file.open("rb") as stream:
-        found = [(record.number, record.payload) for record in pick_records(stream, "shard", {4, 2})]
-    assert found == [(2, payloads[2]), (4, payloads[4])]
-    for wanted, words in (({0}, "record 0 at byte 0"), ({6}, "ends before the record")):
-        with file.open("rb") as stream, pytest.raises(TFRecordError, match=words):
-            list(pick_records(stream, "shard", wanted))
-
-
-def test_an_episode_that_the_recipe_refuses_is_named_and_the_others_are_shown(
-    bucket: Path, tmp_path: Path
-) -> None:
-    payloads = [viola_episode(["a", "a"], moves=[0.0, float("nan")]), viola_episode(["b", "b"])]
-    page = report(viola_folder(tmp_path / "data", bucket, payloads), tmp_path / "report.html")
-    assert "viola/train/0/0: step 1, dimension 0: action is nan" in page.text
-    assert [episode["instruction"] for episode in page.episodes("viola")] == ["b"]
-
-
-@pytest.mark.parametrize(
-    ("what", "words"),
-    [
-        ("nothing", "no such folder"),
-        ("empty", "holds nothing that download, convert or make train wrote"),
-        ("unfinished", "the conversion is not finished"),
-        ("dataset", "the one two above"),
-        ("out", "is a folder; name a file"),
-        ("data", "--data is for the report of a run"),
-    ],
-)
-def test_what_is_no_folder_of_a_stage_is_said_in_one_line(
-    llava: Path, data: Path, tmp_path: Path, what: str, words: str
-) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "unfinished/conversations").mkdir(parents=True)
-    options = {
-        "dataset": ReportOptions(data / "viola/0.1.0"),
-        "out": ReportOptions(llava, out=tmp_path),
-        "data": ReportOptions(llava, data=llava),
-    }
-    with pytest.raises(UserError, match=words) as caught:
-        run_report(options.get(what) or ReportOptions(tmp_path / what))
-    assert "\n" not in str(caught.value)
 
 
 def test_a_report_in_its_folder_disturbs_neither_verify_nor_check(data: Path, llava: Path) -> None:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -15,7 +16,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from tests.browser import LAPTOP, PHONE, Browser, browser
 from tests.conftest import OXE_MIX, run
 from tests.converting import convert, viola_episode, viola_folder
-from tests.report_pages import Page, report
+from tests.report_pages import Page, points_of, report
 
 EVIL = "</script><img src=x onerror=\"document.title='taken'\">"
 _FRAME = "return document.getElementById('view-frame').src"
@@ -25,6 +26,7 @@ _BROKEN = (
     "return [...document.querySelectorAll('[role=tabpanel]:not([hidden]) img')]"
     ".filter(i => !i.complete || !i.naturalWidth).length"
 )
+_SIDES = ("left", "right")
 _TOO_WIDE = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -97,6 +99,8 @@ def test_its_parts_are_shown_by_click_by_key_and_by_address(chromium: Browser, p
 def test_the_viewer_steps_and_its_arrow_is_the_action(chromium: Browser, page: Path) -> None:
     chromium.open(page, "episodes")
     moved = _pick_longest(chromium, page)
+    every = np.concatenate([episode["arrows"] for episode in Page(page.read_text()).episodes("viola")])
+    full = float(np.quantile(np.hypot(every[:, 0], every[:, 1]), 0.99))  # that is drawn 100 long
     seen = []
     for x, y, z in moved:
         path, look = (
@@ -105,9 +109,11 @@ def test_the_viewer_steps_and_its_arrow_is_the_action(chromium: Browser, page: P
         )
         seen.append((chromium.run(_FRAME), path))
         if abs(x) > 0.05:
-            right, down = (float(part) for part in path.split("L")[1].split("M")[0].split())
-            # x of the robot is up on the dial, y is left.
-            assert (right < 0, down < 0) == (y > 0, x > 0)
+            _, tip, barb, *_ = points_of(path)
+            # x of the robot is up on the dial, y is left; no arrow leaves the dial.
+            scale = 100 / max(full, float(np.hypot(x, y)))
+            assert tip == pytest.approx((-y * scale, -x * scale), abs=0.1)
+            assert np.hypot(barb[0] - tip[0], barb[1] - tip[1]) <= 0.41 * np.hypot(*tip)
             assert look == ("up" if z > 0 else "down")
         _press(chromium, Keys.ARROW_RIGHT)
     assert len({path for _, path in seen}) == len({tuple(own) for own in moved})
@@ -119,6 +125,58 @@ def test_the_viewer_steps_and_its_arrow_is_the_action(chromium: Browser, page: P
     slider.send_keys(Keys.END)
     assert (chromium.run(_FRAME), chromium.run(_ARROW)) == seen[-1]
     assert slider.get_attribute("aria-valuetext") == "step 5"
+
+
+def test_the_fingers_are_apart_where_the_gripper_is_open(chromium: Browser, page: Path) -> None:
+    chromium.open(page, "episodes")
+    episodes, seen = Page(page.read_text()).episodes("viola"), set[int]()
+    for number, episode in enumerate(episodes):
+        Select(chromium.driver.find_element(By.ID, "pick-episode")).select_by_index(number)
+        wide = episode["actions"][0][-1]
+        fingers = [f"return document.getElementById('finger-{side}').getAttribute('d')" for side in _SIDES]
+        places = [float(chromium.run(finger)[1:].split()[0]) for finger in fingers]
+        assert places == pytest.approx([-5 - 33 * wide, 5 + 33 * wide], abs=0.01)
+        said = chromium.driver.find_element(By.ID, "gripper-words").text
+        assert said.startswith("gripper open, " if wide > 0.5 else "gripper closed, ")
+        seen.add(round(wide))
+    assert seen == {0, 1}
+
+
+def test_a_step_without_a_frame_has_its_action_and_the_frame_before(
+    chromium: Browser, moving: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train_llava.report.pictures._ALL_FRAMES", 3)
+    report(moving, tmp_path / "r.html")
+    chromium.open(tmp_path / "r.html", "episodes")
+    moved, seen = _pick_longest(chromium, tmp_path / "r.html"), []
+    assert len(moved) == 6
+    for x, _, _ in moved:
+        caption = chromium.driver.find_element(By.ID, "view-caption").text
+        cells = chromium.driver.find_elements(By.CSS_SELECTOR, "#view-dims .now")
+        assert float(cells[0].text) == pytest.approx(x, rel=0.01)
+        seen.append(caption)
+        _press(chromium, Keys.ARROW_RIGHT)
+    assert seen[0] == "step 0 (1 of 6)"
+    assert seen[1] == "step 1 (2 of 6); the frame is that of step 0"
+    assert [caption.partition("; ")[2][-1:] for caption in seen] == ["", "0", "", "2", "2", ""]
+
+
+def test_a_phone_chooses_its_part_from_a_list(chromium: Browser, page: Path) -> None:
+    chromium.open(page, size=PHONE)
+    parts = Select(chromium.driver.find_element(By.ID, "pick-part"))
+    assert [option.text for option in parts.options] == ["Overview", "Episodes", "viola"]
+    assert not chromium.driver.find_element(By.ID, "tab-0").is_displayed()
+    parts.select_by_visible_text("viola")
+    assert chromium.run(_SHOWN) == ["panel-0"]
+    chromium.open(page, "episodes", PHONE)
+    assert _part_shown(chromium) == "Episodes"
+    chromium.open(page)
+    assert not chromium.driver.find_element(By.ID, "pick-part").is_displayed()
+
+
+def _part_shown(window: Browser) -> str:
+    """The part that the list shows."""
+    return Select(window.driver.find_element(By.ID, "pick-part")).first_selected_option.text
 
 
 def test_the_frame_changes_from_step_to_step(chromium: Browser, llava: Path, tmp_path: Path) -> None:
@@ -138,7 +196,7 @@ def test_play_goes_to_the_end_and_stops(chromium: Browser, page: Path) -> None:
     button = chromium.driver.find_element(By.ID, "view-play")
     assert button.text == "Pause"
     WebDriverWait(chromium.driver, 10).until(lambda _: button.text == "Play")
-    assert "frame 6 of the 6 kept" in chromium.driver.find_element(By.ID, "view-caption").text
+    assert chromium.driver.find_element(By.ID, "view-caption").text == "step 5 (6 of 6)"
 
 
 def test_a_contact_sheet_leads_to_its_episode(chromium: Browser, page: Path) -> None:

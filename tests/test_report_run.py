@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from convert.action_codec import decode, read_codec, text_to_bins
+from convert.action_codec import ActionStats, decode, read_codec, text_to_bins
 from convert.reader import ConversationReader
+from oxe_mix.cards import load_cards
 from oxe_mix.errors import UserError
 from oxe_mix.files import write_json
 from tests.browser import LAPTOP, PHONE, browser
 from tests.converting import convert
-from tests.report_pages import Page, report
+from tests.report_pages import Page, is_share, points_of, report
 from tests.untrained import untrained
 from train_llava.acting.load import Loading, load_policy
 from train_llava.acting.observation import Observation
@@ -29,6 +30,7 @@ from train_llava.loading import load_checkpoint
 from train_llava.metrics import POLICIES
 from train_llava.report.predictions import predict
 from train_llava.report.report_command import ReportOptions, run_report
+from train_llava.report.run_values import Guess
 
 STEPS = 40
 
@@ -87,9 +89,53 @@ def test_a_runs_figures_are_those_of_its_report(
             f"{own['l1']['model']:.3f}",
             f"{own['l1']['mean_action']:.3f}",
         ]
-    hits = held_out["accuracy"]["model"]
-    assert f"{hits['within_5'] - hits['within_1']:.1%}" in page.text
+        # The first row of a dataset is that of the overview, those of its card have a name of their own.
+        for a, dimension in enumerate(("x", "y", "z", "rotation 1", "rotation 2", "rotation 3", "gripper")):
+            units = [f"{own['l1_robot_units'][policy][a]:.3g}" for policy in POLICIES]
+            said = units if a in own["moving"] else ["—"] * len(POLICIES)
+            assert page.rows[f"{name}/{dimension}"] == [dimension, *said]
+        most = max(own["l1"].values())
+        for policy in POLICIES:
+            l1 = own["l1"][policy]
+            is_share(page, (name, policy.replace("_", " ")), f"{l1:.3f}", l1 / most)
+        _are_distances(page, name, own["accuracy"]["model"])
+    for policy in POLICIES:
+        _are_distances(page, policy.replace("_", " "), held_out["accuracy"][policy])
     assert "Give --data LLAVA" in page.text
+
+
+def _are_distances(page: Page, part: str, hits: dict[str, float]) -> None:
+    """How many bins away: four classes, each of the difference of two shares."""
+    exact, one, five = (hits[name] for name in ("exact", "within_1", "within_5"))
+    labels = ("the recorded bin", "1 away", "2 to 5 away", "further")
+    for label, share in zip(labels, (exact, one - exact, five - one, 1 - five), strict=True):
+        is_share(page, (part, label), f"{share:.1%}", share)
+
+
+def test_a_runs_curves_go_through_its_figures(
+    finished: Path, held_out: dict[str, Any], tmp_path: Path
+) -> None:
+    page = report(finished, tmp_path / "run.html")
+    loss = [3 / step + 0.5 + 0.2 * math.sin(step) for step in range(1, STEPS + 1)]
+    drawn = page.drawn["", "Training loss, nats per supervised token"]
+    assert [look for look, _ in drawn] == ["grid", "curve faint", "curve model"]
+    expected = [(step / STEPS * 400, 100 - own / max(loss) * 100) for step, own in enumerate(loss, 1)]
+    np.testing.assert_allclose(points_of(drawn[1][1]), expected, atol=0.06)
+    evaluated = {
+        "L1 on held-out episodes, codec's range": held_out["l1"],
+        "Exact bins on held-out episodes, share": {p: held_out["accuracy"][p]["exact"] for p in POLICIES},
+        "Within 5 bins on held-out episodes, share": {
+            p: held_out["accuracy"][p]["within_5"] for p in POLICIES
+        },
+        "Loss on held-out episodes, nats per token": held_out["loss"],
+    }
+    for label, figures in evaluated.items():
+        _, *curves = page.drawn["", label]
+        top = max(figures.values()) or 1
+        heights = [100 - 100 * figures[policy] / top for policy in POLICIES if policy in figures]
+        for (_, path), height in zip(curves, heights, strict=True):
+            expected = [(x, height) for x in (100, 200, 300, 400)]
+            np.testing.assert_allclose(points_of(path), expected, atol=0.06)
 
 
 def test_predictions_are_what_the_model_says_to_held_out_samples(finished: Path, llava: Path) -> None:
@@ -108,14 +154,37 @@ def test_predictions_are_what_the_model_says_to_held_out_samples(finished: Path,
         question = policy.question(Observation({"primary": image}, instruction, sample.dataset))
         np.testing.assert_allclose(guess.predicted, policy.answer([question])[0].actions[0])
         assert guess.frame.startswith(b"\xff\xd8")
+        _are_arrows(guess, stats)
     assert math.isclose(sum(share.value for share in predicted.near), 1)
     assert {guess.id.split("/")[0] for guess in predicted.guesses} == set(reader.ranges)
+
+
+def _are_arrows(guess: Guess, stats: ActionStats) -> None:
+    card = load_cards().get(guess.id.split("/")[0])
+    if card.action_kind != "delta":
+        assert guess.arrows == ()
+        assert "no arrow" in guess.arrow_words
+        return
+    full = math.hypot(*(max(abs(stats.q01[a]), abs(stats.q99[a])) for a in (0, 1)))
+    for arrow, action in zip(guess.arrows, (guess.recorded, guess.predicted), strict=True):
+        np.testing.assert_allclose(arrow, action[:2] / full)
+    assert guess.arrow_words == f"a full arrow is {full:.3g}"
 
 
 def test_the_run_is_seen_with_its_predictions(finished: Path, llava: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.html"
     page = report(finished, file, data=llava, samples=12, device="cpu")
     assert "12 held-out samples of llava" in page.text
+    arrows = 0
+    for guess in predict(finished, llava, 12, "cpu").guesses:
+        drawn = dict(
+            page.drawn.get((guess.id, "Recorded and predicted movement in the plane of x and y"), [])
+        )
+        tips = [points_of(drawn[f"arrow {look}"])[1] for look in ("recorded", "predicted") if drawn]
+        # x of the robot is up, y is left.
+        np.testing.assert_allclose(tips, [(-100 * y, -100 * x) for x, y in guess.arrows], atol=0.06)
+        arrows += len(tips)
+    assert arrows > 6
     with browser(tmp_path / "profile") as window:
         for name, size in (("laptop", LAPTOP), ("phone", PHONE)):
             for part in ("overview", "predictions"):

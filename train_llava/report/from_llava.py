@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from oxe_mix.text import count, size
 from train_llava.dimensions import dimension_names
 from train_llava.report.facts import card_facts, motion_of
 from train_llava.report.figures import action_dimensions, length_histogram, reach
-from train_llava.report.pictures import strip
+from train_llava.report.pictures import Room, strip
 from train_llava.report.sampling import MOST_EPISODES, MOST_STEPS, MOST_STRIPES, drawn_episodes
 from train_llava.report.values import DatasetPage, Dimension, Overview, Recorded, Row, Share, Told
 
@@ -105,16 +106,16 @@ def _row(own: ConvertedDataset, page: DatasetPage) -> tuple[str, ...]:
 
 
 def dataset_page(
-    folder: ConvertedFolder, dataset: ConvertedDataset, episodes: int, share: int
+    folder: ConvertedFolder, dataset: ConvertedDataset, episodes: int, room: Room
 ) -> DatasetPage:
-    """The page of one dataset; so many of its episodes are shown, with frames of `share` bytes each.
+    """The page of one dataset; so many of its episodes are shown, each in its room of the page.
 
     Raises: UserError for a sample or a frame that cannot be read.
     """
     card, codec = folder.card(dataset), folder.codec
     read, bins = _read(folder, dataset, episodes)
     names, stats = dimension_names(card, codec.action_dim), codec.datasets[dataset.name]
-    dimensions = _dimensions((read, bins), folder, dataset, names)
+    dimensions = _dimensions((read, bins), folder, dataset, names) if read else ()
     motion = motion_of(None if card is None else card.with_recipe(dataset.recipe), codec.action_dim)
     samples = dataset.steps.written + dataset.steps.held_out
     return DatasetPage(
@@ -126,8 +127,8 @@ def dataset_page(
         dropped=(*_dropped("episodes", dataset.episodes), *_dropped("steps", dataset.steps)),
         dimensions=dimensions,
         statistics=f"Quantiles of {_STATISTICS[folder.manifest.asked.statistics]}, as the codec has them; "
-        f"the clipped share is of all {samples:,} samples. What lay outside the quantiles now stands at "
-        "them: bins cannot say it.",
+        f"the clipped share is of all {samples:,} samples. A movement outside the quantiles now stands at "
+        "them, a gripper outside 0 and 1 at these: bins cannot say it.",
         grippers=() if stats.mask[-1] else tuple((one.id, one.actions[:, -1]) for one in read[:MOST_STRIPES]),
         lengths=length_histogram([len(one.steps) for one in read]),
         length_words=f"Samples of {count(len(read), 'training episode')}.",
@@ -137,11 +138,11 @@ def dataset_page(
             dataset.episodes.written + dataset.episodes.held_out,
             is_exact=True,
         ),
-        strips=tuple(strip(one, motion, share) for one in read[:episodes]),
+        strips=tuple(strip(one, motion, room) for one in read[:episodes]),
         motion=motion,
         reach=reach(read, motion),
         facts=None if card is None else card_facts(card, dataset.recipe),
-        problems=tuple(_problems(dataset, dimensions)),
+        problems=tuple(_problems(dataset, names)),
     )
 
 
@@ -175,9 +176,13 @@ def recorded(codec: ActionCodec, name: str, samples: list[Sample]) -> tuple[Reco
         instruction=codec.asking.instruction(samples[0].question),
         steps=np.array([sample.step for sample in samples]),
         actions=actions,
-        frames=tuple(sample.frames[0].read for sample in samples),
+        frames=tuple(partial(_frames, sample) for sample in samples),
     )
     return one, bins
+
+
+def _frames(sample: Sample) -> tuple[bytes, ...]:
+    return tuple(frame.read() for frame in sample.frames)
 
 
 def _dimensions(
@@ -187,7 +192,7 @@ def _dimensions(
     names: tuple[str, ...],
 ) -> tuple[Dimension, ...]:
     codec, (episodes, bins) = folder.codec, read
-    actions = np.concatenate([np.zeros((0, codec.action_dim)), *(one.actions for one in episodes)])
+    actions = np.concatenate([one.actions for one in episodes])
     found = action_dimensions(actions, bins, codec.datasets[dataset.name], names, codec.binning)
     # What was clipped is gone from the answers; convert counted it.
     return tuple(replace(own, clipped=lost) for own, lost in zip(found, dataset.clipped, strict=True))
@@ -195,6 +200,8 @@ def _dimensions(
 
 def _read_words(folder: ConvertedFolder, dataset: ConvertedDataset, read: list[Recorded]) -> str:
     samples = sum(len(one.steps) for one in read)
+    if not dataset.episodes.written:
+        return f"No training episode; {count(dataset.episodes.held_out, 'episode')} held out."
     if len(read) == dataset.episodes.written:
         return f"All {count(len(read), 'training episode')} read, {count(samples, 'sample')}."
     return (
@@ -212,7 +219,7 @@ def _counts(own: ConvertedDataset) -> tuple[Row, ...]:
         Row("Samples to train on", f"{own.steps.written:,}", "steps_written"),
         Row("Samples held out", f"{own.steps.held_out:,}", "steps_held_out"),
         Row("Images", f"{own.images:,}, {size(own.image_bytes)}", "images"),
-        Row("Cameras", ", ".join(own.cameras)),
+        Row("Cameras, left to right", ", ".join(own.cameras)),
         Row("From", f"{own.folder}, split {', '.join(own.splits)}"),
     )
 
@@ -220,7 +227,7 @@ def _counts(own: ConvertedDataset) -> tuple[Row, ...]:
 def _shares(own: ConvertedDataset) -> tuple[Share, ...]:
     return (
         Share(f"asked: weight {own.weight:g}", own.weight_share, f"{own.weight_share:.1%} of the weights"),
-        Share("come of it: weight x samples", own.share, f"{own.share:.1%} of the draws in training"),
+        Share("came of it: weight x samples", own.share, f"{own.share:.1%} of the draws in training"),
     )
 
 
@@ -230,15 +237,14 @@ def _dropped(what: str, tally: Tally) -> Iterator[Share]:
         yield Share(f"{what}: {reason}", part, f"{number:,} of {tally.total:,} ({part:.1%})")
 
 
-def _problems(own: ConvertedDataset, dimensions: tuple[Dimension, ...]) -> Iterator[str]:
-    names = [dimension.name for dimension in dimensions]
+def _problems(own: ConvertedDataset, names: tuple[str, ...]) -> Iterator[str]:
     if not own.steps.written:
         yield "No sample to train on."
     if own.near_constant:
         yield f"Hardly ever changing: {', '.join(names[a] for a in own.near_constant)} (99 % in one bin)."
-    for dimension in dimensions:
-        if dimension.clipped > _MUCH_CLIPPED:
-            yield f"{dimension.clipped:.1%} of {dimension.name} lie outside what bins can say."
+    for name, clipped in zip(names, own.clipped, strict=True):
+        if clipped > _MUCH_CLIPPED:
+            yield f"{clipped:.1%} of {name} lie outside what bins can say."
     if own.instructions.unlabelled_samples:
         yield (
             f"{count(own.instructions.unlabelled_samples, 'sample')} without an instruction of its own got "

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from oxe_mix.text import duration
-from train_llava.card_source import CardSource, left_out, read_source
+from oxe_mix.text import count, duration
+from train_llava.card_source import CardSource, left_out
 from train_llava.config import METRICS_FILE
-from train_llava.curves import smoothed
 from train_llava.dimensions import dimension_names
 from train_llava.metrics import POLICIES, rows
-from train_llava.report.figures import thin
 from train_llava.report.predictions import Predicted, predict
-from train_llava.report.run_values import Bar, Chart, Curve, DatasetScore, Look, RunPage
-from train_llava.report.values import Floats, Overview, Row, Share
+from train_llava.report.run_charts import LOOKS, charts, not_finite
+from train_llava.report.run_files import has_weights, read_run
+from train_llava.report.run_values import Bar, DatasetScore, RunPage
+from train_llava.report.values import Overview, Row, Share
 from train_llava.result import REPORT_FILE
 
-_LOOKS: dict[str, Look] = {
-    "model": "model",
-    "shuffled_images": "shuffled",
-    "mean_action": "mean",
-    "repeat_last": "repeat",
-}
-_MOST_POINTS = 500  # of a curve
 _WITHIN = ("exact", "within_1", "within_5")
 _NEAR = ("the recorded bin", "1 away", "2 to 5 away", "further")
 _GIVE = "Give --data LLAVA, the converted folder, to see here what the model says to held-out samples."
+_NO_WEIGHTS = "The run has no weights yet, so no model can be asked."
 _HEADER = ("policy", "L1", "of mean's", "exact bin", "within 1", "within 5", "gripper F1")
 
 
@@ -41,9 +34,9 @@ def run_report_parts(
 
     Raises: UserError for a file that is broken, and when the data does not go with the run.
     """
-    source = read_source(folder)
+    source = read_run(folder)
     predicted = None if data is None else predict(folder, data, samples, device)
-    return _overview(source), _page(source, predicted)
+    return _overview(source), _page(source, predicted, _GIVE if has_weights(folder) else _NO_WEIGHTS)
 
 
 def _overview(source: CardSource) -> Overview:
@@ -71,7 +64,10 @@ def _overview(source: CardSource) -> Overview:
             "Figures are those that the run left, on whole held-out episodes. L1 is in the codec's range "
             "(movements -1 to 1, gripper 0 to 1), over the dimensions that move.",
         ),
-        warnings=tuple(left_out(file) for file, there in absent.items() if not there),
+        warnings=(
+            *(left_out(file) for file, there in absent.items() if not there),
+            *not_finite(source.lines),
+        ),
     )
 
 
@@ -92,13 +88,13 @@ def _rows(source: CardSource) -> Iterator[tuple[str, ...]]:
         yield (*head, f"{own['samples']:,}", *figures, *shares)
 
 
-def _page(source: CardSource, predicted: Predicted | None) -> RunPage:
+def _page(source: CardSource, predicted: Predicted | None, without: str) -> RunPage:
     held_out = source.held_out
     near = [] if held_out is None else list(_near(held_out))
     if predicted is not None:
         near.append((f"model, on {len(predicted.guesses):,} samples, finer", predicted.near))
     return RunPage(
-        charts=tuple(_charts(source)),
+        charts=tuple(charts(source.lines)),
         header=(*_HEADER, "loss") if held_out and held_out.get("loss") else _HEADER,
         scores=tuple(tuple(row) for row in rows(held_out)) if held_out else (),
         score_words=_score_words(source),
@@ -106,7 +102,7 @@ def _page(source: CardSource, predicted: Predicted | None) -> RunPage:
         near=tuple(near),
         near_words="Shares of the bins of all held-out samples, over the dimensions that move.",
         guesses=predicted.guesses if predicted else (),
-        guess_words=predicted.words if predicted else _GIVE,
+        guess_words=predicted.words if predicted else without,
         facts=tuple(_facts(source)),
     )
 
@@ -122,73 +118,6 @@ def _score_words(source: CardSource) -> str:
     )
 
 
-def _charts(source: CardSource) -> Iterator[Chart]:
-    trained = [line for line in source.lines if "loss" in line]
-    if trained:
-        xs, loss = _column(trained, lambda line: line["step"]), _column(trained, lambda line: line["loss"])
-        pairs: tuple[tuple[str, Look, Floats], ...] = (
-            ("as logged", "faint", loss),
-            ("smoothed", "model", smoothed(loss)),
-        )
-        yield _chart("Training loss", "nats per supervised token", xs, pairs)
-    scored = [line for line in source.lines if "evaluation" in line]
-    if not scored:
-        return
-    xs = _column(scored, lambda line: line["step"])
-    for title, unit, figure in _FIGURES:
-        found = [
-            (name.replace("_", " "), look, _figures(scored, figure, name)) for name, look in _LOOKS.items()
-        ]
-        there = tuple(curve for curve in found if np.isfinite(curve[2]).any())
-        if there:
-            yield _chart(title, unit, xs, there)
-
-
-def _figures(scored: list[dict[str, Any]], figure: Figure, name: str) -> Floats:
-    """One policy's figure at each evaluation."""
-    return _column(scored, lambda line: figure(line["evaluation"], name))
-
-
-def _l1(report: dict[str, Any], name: str) -> float | None:
-    l1: float | None = report["l1"].get(name)
-    return l1
-
-
-def _hits(within: str, report: dict[str, Any], name: str) -> float | None:
-    share: float | None = report["accuracy"].get(name, {}).get(within)
-    return share
-
-
-def _loss(report: dict[str, Any], name: str) -> float | None:
-    loss: float | None = (report.get("loss") or {}).get(name)
-    return loss
-
-
-Figure = Callable[[dict[str, Any], str], float | None]  # of a policy in a report
-_FIGURES: tuple[tuple[str, str, Figure], ...] = (
-    ("L1 on held-out episodes", "codec's range", _l1),
-    ("Exact bins on held-out episodes", "share", partial(_hits, "exact")),
-    ("Within 5 bins on held-out episodes", "share", partial(_hits, "within_5")),
-    ("Loss on held-out episodes", "nats per token", _loss),
-)
-
-
-def _column(lines: list[dict[str, Any]], value: Callable[[dict[str, Any]], Any]) -> Floats:
-    """[N]; not a number where there is none."""
-    return np.array([value(line) for line in lines], np.float64)
-
-
-def _chart(title: str, unit: str, xs: Floats, curves: tuple[tuple[str, Look, Floats], ...]) -> Chart:
-    kept = thin(len(xs), _MOST_POINTS)
-    high = max(float(np.nanmax(ys)) for _, _, ys in curves)
-    return Chart(
-        title=title,
-        unit=unit,
-        curves=tuple(Curve(label, look, xs[kept], ys[kept]) for label, look, ys in curves),
-        box=(0.0, float(xs[-1]), 0.0, high or 1.0),
-    )
-
-
 def _scores(source: CardSource, report: dict[str, Any]) -> Iterator[DatasetScore]:
     for name, own in report["datasets"].items():
         l1 = {policy: own["l1"][policy] for policy in POLICIES if own["l1"].get(policy) is not None}
@@ -200,10 +129,11 @@ def _scores(source: CardSource, report: dict[str, Any]) -> Iterator[DatasetScore
             name=name,
             samples=own["samples"],
             bars=tuple(
-                Bar(policy.replace("_", " "), _LOOKS[policy], value / most, f"{value:.3f}")
+                Bar(policy.replace("_", " "), LOOKS[policy], value / most, f"{value:.3f}")
                 for policy, value in l1.items()
             ),
             header=tuple(policy.replace("_", " ") for policy in policies),
+            near=dict(_near(own)).get("model", ()),
             units=tuple(
                 (dimension, *(f"{units[policy][a]:.3g}" if a in moving else "—" for policy in policies))
                 for a, dimension in enumerate(names)
@@ -225,7 +155,9 @@ def _near(report: dict[str, Any]) -> Iterator[tuple[str, tuple[Share, ...]]]:
 def _facts(source: CardSource) -> Iterator[Row]:
     report, config = source.report, source.config
     if report is not None:
-        yield Row("Steps", f"{report['steps']:,} of {report['global_batch']:,} samples")
+        yield Row(
+            "Steps", f"{count(report['steps'], 'step')} of {count(report['global_batch'], 'sample')} each"
+        )
         yield Row("Loss", f"{report['mean_loss']:.4f} on average, {report['final_loss']:.4f} at the end")
         yield Row("Time", duration(report["train_seconds"]))
         yield Row("Ranks", f"{report['ranks']:,}, ZeRO stage {report['zero_stage']}")

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from oxe_mix import __version__
 from oxe_mix.files import atomic_write
+from oxe_mix.text import count
 from train_llava.report import shapes
 from train_llava.report.run_values import RunPage
 from train_llava.report.values import DatasetPage, Overview, Strip
@@ -57,7 +58,7 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals["shapes"] = shapes
+    templates.globals |= {"shapes": shapes, "count": count}
     templates.filters["num"] = number
     templates.filters["logs"] = np.log1p
     templates.filters["jpeg"] = _data_uri

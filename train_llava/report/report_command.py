@@ -15,7 +15,7 @@ from oxe_mix.progress import Goal, Sample, progress
 from oxe_mix.text import say, size, warn
 from train_llava.report.kinds import kind_of
 from train_llava.report.page import KINDS, Kind, Report, write_page
-from train_llava.report.pictures import share_of_frames
+from train_llava.report.pictures import room_of
 from train_llava.report.values import DatasetPage
 
 _PAGE = "report.html"
@@ -48,14 +48,18 @@ def run_report(options: ReportOptions) -> int:
     kind = kind_of(options.folder)
     if options.data is not None and kind != "run":
         raise UserError(f"--data is for the report of a run; {options.folder} is {KINDS[kind]}")
-    out = _out(options)
+    out = prove_writable(options.out or options.folder / _PAGE)
     report = {"llava": _converted, "data": _downloaded, "run": _run}[kind](options)
     num_bytes = write_page(report, out)
     if num_bytes > _MOST_BYTES:
         warn(f"{out}: {size(num_bytes)} is much for a browser; give a smaller --episodes")
     say(f"read: {options.folder}, {KINDS[kind]}: {report.overview.notes[0]}")
+    for line in report.overview.warnings:
+        warn(line)
     for page in report.datasets:
         say(f"{page.name}: {page.read}")
+        for line in page.damage:
+            warn(f"{page.name}: {line}")
     say(f"result: {out}, {size(num_bytes)}, one file that needs no network")
     say(f"next: open it in a browser, then {_next(options, kind)}")
     if options.opens and not webbrowser.open(out.resolve().as_uri()):
@@ -63,26 +67,23 @@ def run_report(options: ReportOptions) -> int:
     return 0
 
 
-def _out(options: ReportOptions) -> Path:
-    return prove_writable(options.out or options.folder / _PAGE)
-
-
 def _converted(options: ReportOptions) -> Report:
     from train_llava.report.from_llava import dataset_page, open_converted, overview
 
     folder = open_converted(options.folder, options.seed)
     datasets = folder.manifest.datasets
-    share = share_of_frames(len(datasets), options.episodes)
-    pages = _each(datasets, lambda own: dataset_page(folder, own, options.episodes, share))
+    room = room_of(len(datasets), options.episodes)
+    pages = _each(datasets, lambda own: dataset_page(folder, own, options.episodes, room))
     return Report(_name(options), "llava", overview(folder, pages), pages)
 
 
 def _downloaded(options: ReportOptions) -> Report:
-    from train_llava.report.from_data import dataset_page, open_downloaded, overview
+    from train_llava.report.data_folder import open_downloaded, overview
+    from train_llava.report.from_data import dataset_page
 
     folder = open_downloaded(options.folder, options.cards, options.seed)
-    share = share_of_frames(len(folder.datasets), options.episodes)
-    pages = _each(folder.datasets, lambda own: dataset_page(folder, own, options.episodes, share))
+    room = room_of(len(folder.datasets), options.episodes)
+    pages = _each(folder.datasets, lambda own: dataset_page(folder, own, options.episodes, room))
     return Report(_name(options), "data", overview(folder, pages), pages)
 
 
@@ -111,6 +112,10 @@ def _next(options: ReportOptions, kind: Kind) -> str:
         return f"oxe-mix convert --to llava --data {folder}"
     if kind == "llava":
         return f"oxe-mix check {folder}, make train LLAVA={folder}"
+    from train_llava.report.run_files import has_weights
+
+    if not has_weights(options.folder):
+        return "see how training goes on; the run has no weights yet, so there is nothing to serve"
     if options.data is None:
         return f"oxe-mix report {folder} --data LLAVA for predictions, oxe-mix serve --checkpoint {folder}"
     return f"oxe-mix replay --checkpoint {folder} --data {shlex.quote(str(options.data))}"

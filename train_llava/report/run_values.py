@@ -48,6 +48,7 @@ class DatasetScore:
     name: str
     samples: int
     bars: tuple[Bar, ...]
+    near: tuple[Share, ...]  # of the model's bins by distance
     header: tuple[str, ...]  # names of the policies
     units: tuple[tuple[str, ...], ...]  # by dimension: its name, then each policy's L1 in robot units
 
@@ -63,6 +64,7 @@ class Guess:
     recorded: Floats
     predicted: Floats
     arrows: tuple[tuple[float, float], ...]  # recorded and predicted in the plane, within 1; none without
+    arrow_words: str  # how long a full one is, or why there is none
     off: int  # bins, of the dimension that is furthest away
 
 

@@ -51,6 +51,16 @@ class Dimension:
     is_constant: bool
 
     @property
+    def is_flat(self) -> bool:
+        """A movement with no room between its quantiles has no bins to speak of."""
+        return not self.is_gripper and self.q01 == self.q99
+
+    @property
+    def meant(self) -> Counts:
+        """Counts of the bins that mean something: the last ones."""
+        return self.bins[-self.possible :]
+
+    @property
     def used(self) -> int:
         """Bins that occur at all."""
         return int((self.bins > 0).sum())
@@ -58,15 +68,15 @@ class Dimension:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """An episode that was read: T steps of A dimensions; frames: of each step, read when asked for, or none
-    at all.
+    """An episode that was read: T steps of A dimensions; frames: of each step those of all cameras, read when
+    asked for, or none at all.
     """
 
     id: str
     instruction: str
     steps: Counts  # [T], where each stands in the source episode
     actions: Floats  # [T, A], robot units
-    frames: tuple[Callable[[], bytes], ...] = ()
+    frames: tuple[Callable[[], tuple[bytes, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +146,7 @@ class DatasetPage:
     robot: str
     read: str  # what was sampled, in a sentence
     counts: tuple[Row, ...]
-    shares: tuple[Share, ...]  # asked for and come of it
+    shares: tuple[Share, ...]  # asked for, and what came of it
     dropped: tuple[Share, ...]
     dimensions: tuple[Dimension, ...]
     statistics: str  # where the quantiles come from
@@ -149,6 +159,7 @@ class DatasetPage:
     reach: tuple[float, float]  # what is drawn as a full arrow in the plane, and up or down
     facts: CardFacts | None
     problems: tuple[str, ...]
+    damage: tuple[str, ...] = ()  # what could not be read
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@
     panel.querySelectorAll("img[data-frame]:not([src])").forEach((image) => {
       image.src = datasets.get(image.dataset.frame).episodes[image.dataset.episode].frames[image.dataset.place];
     });
+    find("pick-part").value = String(tabs.indexOf(tab));
     if (focus) tab.focus();
     tab.scrollIntoView({ block: "nearest", inline: "center" });
     const hash = "#" + tab.dataset.name.split("/").map(encodeURIComponent).join("/");
@@ -46,6 +47,9 @@
     open(byName(name) || tabs[0]);
   }
 
+  // A phone has one list instead of the tabs.
+  find("pick-part").append(...tabs.map((tab, i) => new Option(tab.textContent, String(i))));
+  find("pick-part").addEventListener("change", (event) => open(tabs[Number(event.target.value)]));
   nav.addEventListener("click", (event) => {
     const tab = event.target.closest('[role="tab"]');
     if (tab) open(tab);
@@ -81,7 +85,7 @@
     });
   });
 
-  // The viewer: of the chosen episode one of its frames, with the action of that step.
+  // The viewer: of the chosen episode one step, with its action and the latest frame.
   const state = { dataset: data[0], episode: data[0] && data[0].episodes[0], place: 0, timer: 0 };
   const svg = (name, attributes) => {
     const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -106,7 +110,7 @@
     find("pick-dataset").value = String(data.indexOf(dataset));
     if (fresh) options(find("pick-episode"), dataset.episodes.map((one) => `${one.id}: ${one.instruction}`));
     find("pick-episode").value = String(episode);
-    find("view-slider").max = String(state.episode.frames.length - 1);
+    find("view-slider").max = String(state.episode.steps.length - 1);
     find("view-told").textContent = `“${state.episode.instruction || "no instruction"}”`;
     const arm = dataset.motion !== "none";
     find("compass-figure").hidden = find("lift-figure").hidden = !arm;
@@ -143,15 +147,18 @@
   }
 
   function draw() {
-    const { episode, dataset, place } = state;
+    const { episode, dataset, place: t } = state;
     if (!episode) return;
-    const t = episode.shown[place];
     const step = episode.steps[t];
-    find("view-frame").src = episode.frames[place];
-    find("view-frame").alt = `Frame at step ${step} of ${episode.id}`;
+    const frame = episode.shown.findLastIndex((shown) => shown <= t);
+    const pictured = episode.steps[episode.shown[frame]];
+    const kept = episode.steps.length < episode.numSteps ? ` kept of ${episode.numSteps}` : "";
+    find("view-frame").src = episode.frames[frame];
+    find("view-frame").alt = `Frame at step ${pictured} of ${episode.id}`;
     find("view-caption").textContent =
-      `step ${step}; frame ${place + 1} of the ${episode.frames.length} kept of ${episode.numSteps} steps`;
-    find("view-slider").value = String(place);
+      `step ${step} (${t + 1} of ${episode.steps.length}${kept})` +
+      (pictured === step ? "" : `; the frame is that of step ${pictured}`);
+    find("view-slider").value = String(t);
     find("view-slider").setAttribute("aria-valuetext", `step ${step}`);
     const x = (t / Math.max(1, episode.steps.length - 1)) * 200;
     [...find("view-dims").rows].forEach((row, a) => {
@@ -173,7 +180,8 @@
     const still = Math.hypot(right, down) < 1;
     const look = Math.abs(z) < 0.02 * lift ? "" : z > 0 ? " up" : " down";
     const angle = Math.atan2(down, right);
-    const barb = (turn) => `${right + 18 * Math.cos(angle + turn)} ${down + 18 * Math.sin(angle + turn)}`;
+    const head = Math.min(18, 0.4 * Math.hypot(right, down));
+    const barb = (turn) => `${right + head * Math.cos(angle + turn)} ${down + head * Math.sin(angle + turn)}`;
     const path = `M0 0L${right} ${down}M${barb(2.6)}L${right} ${down}L${barb(-2.6)}`;
     find("arrow").setAttribute("d", still ? "" : path);
     find("arrow").setAttribute("class", "arrow" + look);
@@ -194,7 +202,7 @@
   }
 
   function go(place) {
-    state.place = Math.min(state.episode.frames.length - 1, Math.max(0, place));
+    state.place = Math.min(state.episode.steps.length - 1, Math.max(0, place));
     draw();
   }
 
@@ -210,7 +218,7 @@
 
   function play() {
     if (state.timer) return stop();
-    const last = () => state.place === state.episode.frames.length - 1;
+    const last = () => state.place === state.episode.steps.length - 1;
     if (last()) go(0);
     state.timer = setInterval(() => (last() ? stop() : go(state.place + 1)), 180);
     find("view-play").textContent = "Pause";
@@ -221,7 +229,7 @@
     const elsewhere = event.target !== document.body && !find("panel-viewer").contains(event.target);
     if (find("panel-viewer").hidden || elsewhere || event.target.closest("select, button, input")) return;
     const { place, episode } = state;
-    const moves = { ArrowLeft: place - 1, ArrowRight: place + 1, Home: 0, End: episode.frames.length - 1 };
+    const moves = { ArrowLeft: place - 1, ArrowRight: place + 1, Home: 0, End: episode.steps.length - 1 };
     if (event.key === " ") play();
     else if (event.key in moves) go(moves[event.key]);
     else return;
