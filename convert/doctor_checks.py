@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from convert.doctor_gripper import gripper_polarity, gripper_range
 from convert.doctor_labels import advised_mods, instructions, readable, repeated_episodes
+from convert.doctor_mends import Place
 from convert.doctor_numbers import action_range, finite, idle_steps, known_figures, width
 from convert.doctor_pictures import blank_frames, colour_channels, frozen_frames, repeated_frames
 from convert.doctor_summary import DatasetSummary, Outcome
+from convert.doctor_units import plausible_units
 from oxe_mix.verdicts import Verdict
 
 Check = Callable[[DatasetSummary], Outcome]
@@ -18,6 +20,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("finite numbers", finite),
     ("action width", width),
     ("action range", action_range),
+    ("action units", plausible_units),
     ("known figures", known_figures),
     ("gripper range", gripper_range),
     ("gripper polarity", gripper_polarity),
@@ -32,7 +35,7 @@ CHECKS: tuple[tuple[str, Check], ...] = (
 )
 
 
-def judge(data: DatasetSummary) -> list[Verdict]:
+def judge(data: DatasetSummary, place: Place) -> list[Verdict]:
     """Every check of one dataset."""
     outcomes = [(name, check(data)) for name, check in CHECKS]
     return [
@@ -42,7 +45,7 @@ def judge(data: DatasetSummary) -> list[Verdict]:
             check=name,
             text=outcome.text,
             examples=outcome.examples,
-            mend=outcome.mend.replace("NAME", data.name),
+            mend=place.fill(outcome.mend, data.name),
         )
         for name, outcome in outcomes
     ]

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from convert.doctor_checks import judge
+from convert.doctor_folder import Kind, refuse_a_file, refuse_other_depths, refuse_strangers
 from convert.doctor_llava import ConvertedFolder, is_converted
+from convert.doctor_mends import CARD, Place
 from convert.doctor_rlds import Sampling, summarize_rlds
 from convert.doctor_summary import DatasetSummary
+from convert.finish import CARDS
 from convert.plan import DataFolder, DatasetOnDisk, find_datasets, open_folders, own_specs
 from convert.prompt import CAMERA_ROLES, Asking
 from oxe_mix.cards import Cards, load_cards
 from oxe_mix.doctor_machine import machine_verdicts
 from oxe_mix.errors import UserError
-from oxe_mix.lock import LOCK_FILE
 from oxe_mix.mix import load_mix
 from oxe_mix.progress import Goal, Sample, progress
 from oxe_mix.rlds import INFO_FILE
@@ -29,6 +31,7 @@ from oxe_mix.verdicts import as_json as verdicts_as_json
 
 _DEFAULT_MIX = Path("default.yaml")
 _DEFAULT_DATA = Path("data")
+_WROTE = "download, pack or convert"
 _EVERYTHING = Asking(cameras=CAMERA_ROLES)
 
 
@@ -43,6 +46,7 @@ class DoctorOptions:
     cards: Path | None = None
     offline: bool = False
     json: bool = False
+    all_checks: bool = False  # print those that are ok, too
 
     @property
     def sampling(self) -> Sampling:
@@ -56,25 +60,36 @@ def run_doctor(options: DoctorOptions) -> int:
     Returns: the exit code: 1 when something is an error, else 0.
     Raises: UserError for a folder that is neither.
     """
-    start, cards = time.monotonic(), load_cards(options.cards)
-    if options.folder is None:
+    start, cards, folder = time.monotonic(), load_cards(options.cards), options.folder
+    kind = kind_of(folder)
+    if folder is None:
         mix = None if options.offline else load_mix(_DEFAULT_MIX, cards)
         verdicts, then = machine_verdicts(_DEFAULT_DATA, mix, cards), "oxe-mix mix check default.yaml"
-    elif not options.folder.is_dir():
-        raise UserError(f"{options.folder}: no such folder; give one that download or convert wrote")
-    elif is_converted(options.folder):
-        verdicts, then = _of_llava(options, options.folder, cards), "make train LLAVA="
-        then += shlex.quote(str(options.folder))
+    elif kind == "llava":
+        verdicts, then = _of_llava(options, folder), f"make train LLAVA={shlex.quote(str(folder))}"
     else:
-        verdicts = _of_data(options, options.folder, cards)
-        then = f"oxe-mix convert --to llava --data {shlex.quote(str(options.folder))}"
+        verdicts = _of_data(options, folder, cards)
+        then = Place(folder, cards=options.cards).fill("oxe-mix convert --to llava --data DATA", "")
     if options.json:
         say(json.dumps({"event": "examined", **verdicts_as_json(verdicts)}))
     else:
-        say(report(verdicts))
-        say(f"{summary(verdicts)}, {time.monotonic() - start:.1f} s")
+        # What is ok of a machine is what one wants to tell others of it.
+        every = options.all_checks or kind == "machine"
+        say(report(verdicts, every=every))
+        hint = "" if every else "; --all-checks prints what is ok, too"
+        say(f"{summary(verdicts)}, {time.monotonic() - start:.1f} s{hint}")
         say(f"next: {_next(verdicts, then)}")
     return int(tally(verdicts)["error"] > 0)
+
+
+def kind_of(folder: Path | None) -> Kind:
+    """What is looked at. Raises: UserError for a folder that is not there, and for a file."""
+    if folder is None:
+        return "machine"
+    refuse_a_file(folder, _WROTE)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give one that {_WROTE} wrote")
+    return "llava" if is_converted(folder) else "data"
 
 
 def _next(verdicts: list[Verdict], then: str) -> str:
@@ -85,28 +100,31 @@ def _next(verdicts: list[Verdict], then: str) -> str:
     return f"{then}{' (read the warnings before)' if counts['warning'] else ''}"
 
 
-def _of_llava(options: DoctorOptions, folder: Path, cards: Cards) -> list[Verdict]:
-    converted, done = ConvertedFolder(folder, cards), list[None]()
+def _of_llava(options: DoctorOptions, folder: Path) -> list[Verdict]:
+    converted, done = ConvertedFolder(folder), list[None]()
     totals = {one.name: one.episodes.written + one.episodes.held_out for one in converted.datasets}
     with _watched(options, list(totals.values()), done):
         found = [
             converted.summarize(dataset, options.sampling, lambda: done.append(None))
             for dataset in converted.datasets
         ]
-    return [verdict for data in found for verdict in judge(data)]
+    place = Place(folder, converted=True, cards=folder / CARDS)
+    return [verdict for data in found for verdict in judge(data, place)]
 
 
 def _of_data(options: DoctorOptions, folder: Path, cards: Cards) -> list[Verdict]:
     [opened] = open_folders((folder,))
-    _refuse_other_depths(folder)
-    datasets, verdicts = _datasets(opened, cards)
+    refuse_other_depths(folder)
+    refuse_strangers(folder, cards)
+    place = Place(folder, cards=options.cards)
+    datasets, verdicts = _datasets(opened, cards, place)
     usual = Counter(dataset.card.action.dims for dataset in datasets).most_common(1)
     done, found = list[None](), list[DatasetSummary]()
     totals = [sum(split.num_episodes for split in one.info.splits.values()) for one in datasets]
     with _watched(options, totals, done):
         for dataset in datasets:
             found.append(summarize_rlds(dataset, options.sampling, usual[0][0], lambda: done.append(None)))
-    return [*(verdict for data in found for verdict in judge(data)), *verdicts]
+    return [*(verdict for data in found for verdict in judge(data, place)), *verdicts]
 
 
 def _watched(options: DoctorOptions, totals: list[int], done: list[None]) -> Any:
@@ -115,7 +133,7 @@ def _watched(options: DoctorOptions, totals: list[int], done: list[None]) -> Any
     return progress(goal, lambda: Sample(len(done)), "json" if options.json else "auto")
 
 
-def _datasets(opened: DataFolder, cards: Cards) -> tuple[list[DatasetOnDisk], list[Verdict]]:
+def _datasets(opened: DataFolder, cards: Cards, place: Place) -> tuple[list[DatasetOnDisk], list[Verdict]]:
     """The datasets that can be looked at, and a verdict on each that cannot."""
     names = list(dict.fromkeys(spec.name for spec in own_specs([opened], cards)))
     datasets, verdicts = list[DatasetOnDisk](), list[Verdict]()
@@ -123,26 +141,20 @@ def _datasets(opened: DataFolder, cards: Cards) -> tuple[list[DatasetOnDisk], li
         try:
             datasets += find_datasets([opened], None, cards, (name,), _EVERYTHING)
         except UserError as error:  # of this dataset: its card, its metadata; the others are looked at
-            verdicts.append(Verdict("error", name, "layout", str(error), mend=f"oxe-mix datasets {name}"))
+            mend = place.fill(f"what its card asks for: {CARD}", name)
+            verdicts.append(Verdict("error", name, "layout", str(error), mend=mend))
     for info in sorted(opened.path.glob(f"*/*/{INFO_FILE}")):
         name = info.parts[-3]
         if cards.find(name) is None:
             text = "has no card, so convert leaves it out"
-            verdicts.append(Verdict("warning", name, "card", text, mend="write one: docs/add-a-robot.md"))
+            mend = "write one (docs/add-a-robot.md), and give its folder as --cards"
+            verdicts.append(
+                Verdict(
+                    "warning",
+                    name,
+                    "card",
+                    text,
+                    mend="write one (docs/add-a-robot.md), and give its folder as --cards",
+                )
+            )
     return datasets, verdicts
-
-
-def _refuse_other_depths(folder: Path) -> None:
-    """Say it when the folder is one dataset, or the one above its versions."""
-    if (folder / LOCK_FILE).exists() or any(folder.glob(f"*/*/{INFO_FILE}")):
-        return
-    for depth, above in (
-        (INFO_FILE, folder.absolute().parent.parent),
-        (f"*/{INFO_FILE}", folder.absolute().parent),
-    ):
-        if any(folder.glob(depth)):
-            raise UserError(f"{folder}: is one dataset; give the folder of datasets: {above}")
-    raise UserError(
-        f"{folder}: neither RLDS datasets (NAME/VERSION/{INFO_FILE}) nor conversations (manifest.json); "
-        "give a folder that download or convert wrote"
-    )

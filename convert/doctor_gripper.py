@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from convert.doctor_mends import LEAVE_OUT, LOOK, OWN_CARD
 from convert.doctor_summary import DatasetSummary, EpisodeSummary, Outcome, some
 from oxe_mix.cards import Card, FillTerm, Slice
 from oxe_mix.text import count
@@ -18,6 +19,7 @@ _STATE_SIGNS = {"bridge_orig": 1, "bridge": 1}
 _SLACK = 0.01  # beyond [0, 1] that is rounding
 _FAR = 0.5  # above 1 that is another unit
 _NARROW = 0.2
+_OUT_OF_MIX = "take NAME out of the mix"
 _LONGEST_LAG = 8  # steps by which a gripper follows its command, at most
 _LEAST_EPISODES, _LEAST_FREE = 3, 30  # that it takes, and steps beyond one an episode
 # A correlation that says something, and how many of its standard errors it must be away from none: random
@@ -66,12 +68,14 @@ def gripper_range(data: DatasetSummary) -> Outcome:
             for episode in data.episodes
             for t in np.flatnonzero(np.abs(episode.actions[:, column] - 0.5) > 0.5 + _SLACK)[:1]
         ]
-        mend = "convert cuts it off at 0 and 1: mend the recipe's gripper term (clip01, invert, binarize)"
+        mend = (
+            f"convert cuts it off at 0 and 1; edit the gripper's ops (clip01, invert, binarize) in {OWN_CARD}"
+        )
         # Cut off, a command of -1 to 1 still closes and opens; millimetres or percents are open throughout.
         level: Level = "error" if stats.q99[column] > 1 + _FAR else "warning"
         return Outcome(level, f"{text}, not in [0, 1]", some(outside), mend)
     if low != high and high - low < _NARROW:
-        mend = "a width in metres has to be scaled before it is an opening"
+        mend = f"a width in metres? no op scales it: pack your own recordings with 0 to 1, or {_OUT_OF_MIX}"
         return Outcome("warning", f"moves from {text} only", mend=mend)
     return Outcome("ok", f"{text}{', never moves' if low == high else ''}")
 
@@ -88,7 +92,7 @@ def gripper_polarity(data: DatasetSummary) -> Outcome:
     other = _fewer(pairs)
     if other:
         text = f"in {len(other)} of {len(pairs)} episodes the other way round than in the rest"
-        return Outcome("warning", text, some(other), "two conventions in one dataset: split it")
+        return Outcome("warning", text, some(other), LEAVE_OUT)
     lag, r = _best_lag(pairs)
     if len(pairs) < _LEAST_EPISODES or lag is None:
         moves = f"action and state both move in {count(len(pairs), 'episode')}"
@@ -103,11 +107,12 @@ def _polarity(sign: int | None, pairs: list[EpisodeSummary], lag: int, r: float)
         return Outcome("ok", f"not clear: {found}")
     if sign is not None and sign * r < 0:
         told = "opening" if sign > 0 else "closing"
-        mend = "the recipe's gripper term needs invert, or has one too many"
+        mend = f"add invert to the gripper's ops, or take it away, in {OWN_CARD}"
         return Outcome("error", f"{found}, though the state counts {told}", some([e.id for e in pairs]), mend)
     if sign is None and r < 0:
         text = f"{found}: right if this robot's state counts closing, which the card does not say"
-        return Outcome("warning", text, some([e.id for e in pairs]), "look at a grasp, then at the recipe")
+        mend = f"look at a grasp: {LOOK}; if it is so, add or take away invert in {OWN_CARD}"
+        return Outcome("warning", text, some([e.id for e in pairs]), mend)
     return Outcome("ok", found)
 
 

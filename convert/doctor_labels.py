@@ -7,8 +7,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
+from convert.doctor_mends import CARD, CONVERT, skip
 from convert.doctor_summary import DatasetSummary, EpisodeSummary, Outcome, some
 from oxe_mix.text import count
+from oxe_mix.verdicts import Level
 
 # Texts that stand where nobody wrote an instruction.
 _DUMMIES = frozenset(
@@ -16,6 +18,11 @@ _DUMMIES = frozenset(
     | {"instruction", "task", "unknown", "language_instruction"}
 )
 _SEVERAL = 10  # episodes from which one text for all is worth a line
+_MOST_LOST = 0.5  # of the episodes; beyond it the dataset is another one than was meant
+_NO_TEXT = (
+    f"convert leaves out those that have none; does the card name the right language key? {CARD}; "
+    "pack your own recordings again with an instruction.txt in each episode"
+)
 
 
 def readable(data: DatasetSummary) -> Outcome:
@@ -32,9 +39,13 @@ def readable(data: DatasetSummary) -> Outcome:
     )
     if bad:
         text = f"{count(len(bad), 'problem')} in {looked}: {bad[0]}"
-        return Outcome("error", text, mend="oxe-mix verify DATA, or oxe-mix check LLAVA, reads all of it")
+        if data.converted:
+            mend = f"see all of it: oxe-mix check FOLDER --decode; convert it again: {CONVERT} --only NAME"
+        else:
+            mend = f"see all of it: oxe-mix verify FOLDER; leave broken records out: {skip(len(bad))}"
+        return Outcome("error", text, mend=mend)
     if not data.num_steps:
-        return Outcome("error", f"no step is there: {looked}", mend="download or convert it again")
+        return Outcome("error", f"no step is there: {looked}", mend="download or pack it again")
     return Outcome("ok", f"{looked} looked at")
 
 
@@ -52,9 +63,11 @@ def repeated_episodes(data: DatasetSummary) -> Outcome:
     ids = [f"{second} = {first}" for second, first in pairs.items()]
     apart = sum(_split(second) != _split(first) for second, first in pairs.items())
     text = f"{len(pairs):,} of {compared:,} compared are there before"
+    mend = "in training they count twice; pack your own recordings without the copies"
     if apart:
         text += f", {apart:,} of them in another split: no held-out data"
-    return Outcome("warning", text, some(ids), "evaluate on other episodes; in training they count twice")
+        mend = f"hold out episodes of train in the place of that split: {CONVERT} --val-fraction 0.05"
+    return Outcome("warning", text, some(ids), mend)
 
 
 def instructions(data: DatasetSummary) -> Outcome:
@@ -63,28 +76,32 @@ def instructions(data: DatasetSummary) -> Outcome:
     empty = [name for name, text in first.items() if not text]
     dummy = [name for name, text in first.items() if text in _DUMMIES or (text and not _has_letter(text))]
     distinct = Counter(text for text in first.values() if text)
-    total = len(first)
-    if total and len(empty) == total:
-        return Outcome("error", f"none of {total:,} episodes has one", some(empty), "convert drops them all")
-    if empty or dummy:
-        text = f"{len(empty):,} of {total:,} episodes have none, {len(dummy):,} a placeholder"
-        return Outcome("warning", text, some(empty + dummy), "convert drops those that have none")
+    lost, total = data.left_out + len(empty), len(first)
+    if data.left_out:  # of all its episodes, not only of those that were looked at
+        total = data.of_episodes + data.left_out
+    if lost or dummy:
+        text = f"{lost:,} of {total:,} episodes have none, {len(dummy):,} a placeholder"
+        level: Level = "error" if lost > _MOST_LOST * total else "warning"
+        return Outcome(level, text, some(empty + dummy), _NO_TEXT)
     if len(distinct) == 1 and total >= _SEVERAL:
         only = next(iter(distinct))
         text = f"all {total:,} episodes say {only!r}; a model learns nothing from words here"
-        return Outcome("warning", text, mend="right for a dataset of one task")
+        return Outcome(
+            "warning", text, mend=f"right if it has one task; else see the card's language key: {CARD}"
+        )
     return Outcome("ok", f"{len(distinct):,} different ones in {count(total, 'episode')}")
 
 
 def advised_mods(data: DatasetSummary) -> Outcome:
     """The card's advice: channels to flip, failures to leave out."""
-    if data.all_steps:
+    if data.converted:
         return Outcome("ok", "not looked at: a conversion does not tell of them; look at the RLDS")
     if not data.advised_mods:
         return Outcome("ok", "none left")
     mods = ", ".join(data.advised_mods)
     text = f"not applied: {mods}"
-    return Outcome("warning", text, mend=f"download with mods: [{mods}] in the mix, or leave it knowingly")
+    mend = f"give NAME mods: [{mods}] in a mix, say my-mix.yaml: {CONVERT} --mix my-mix.yaml"
+    return Outcome("warning", text, mend=mend)
 
 
 def _fingerprint(episode: EpisodeSummary) -> bytes:

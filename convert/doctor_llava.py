@@ -17,10 +17,12 @@ from convert.doctor_frames import track
 from convert.doctor_gripper import gripper_column
 from convert.doctor_rlds import Sampling
 from convert.doctor_summary import DatasetSummary, EpisodeSummary
+from convert.finish import CARDS
 from convert.llava import CONVERSATIONS
 from convert.manifest import MANIFEST_FILE, ConvertedDataset, Manifest, read_manifest
 from convert.reader import ConversationReader, Sample
-from oxe_mix.cards import Card, Cards
+from convert.samples import NO_INSTRUCTION
+from oxe_mix.cards import Card, load_card
 
 _TRIES = 20  # draws for each episode wanted: long ones are drawn again and again
 
@@ -28,9 +30,9 @@ _TRIES = 20  # draws for each episode wanted: long ones are drawn again and agai
 class ConvertedFolder:
     """A converted folder, opened: its datasets, and what was looked at in them."""
 
-    def __init__(self, folder: Path, cards: Cards) -> None:
+    def __init__(self, folder: Path) -> None:
         """Raises: UserError when the folder is no finished conversion."""
-        self._cards = cards
+        self._folder = folder
         self._readers = (ConversationReader(folder, "train"), ConversationReader(folder, "val"))
         self._codec: ActionCodec = read_codec(folder)
         self._manifest: Manifest = read_manifest(folder)
@@ -47,8 +49,7 @@ class ConvertedFolder:
 
         Raises: UserError for a line that is no sample and a frame that is not there.
         """
-        card = self._cards.find(dataset.name)
-        card = card.with_recipe(dataset.recipe) if card else None
+        card = self._card(dataset)
         episodes, unreadable = list[EpisodeSummary](), list[tuple[str, str]]()
         for reader, place in self._episodes(dataset, sampling):
             samples = [reader[i] for i in place]
@@ -66,9 +67,15 @@ class ConvertedFolder:
             splits={},
             episodes=tuple(episodes),
             stats=self._codec.datasets[dataset.name],
-            all_steps=True,
+            converted=True,
+            left_out=dataset.episodes.dropped.get(NO_INSTRUCTION, 0),
             unreadable=tuple(unreadable),
         )
+
+    def _card(self, dataset: ConvertedDataset) -> Card | None:
+        """The card that it was converted by: convert left it in the folder."""
+        file = self._folder / CARDS / f"{dataset.name}.yaml"
+        return load_card(file).with_recipe(dataset.recipe) if file.exists() else None
 
     def _episodes(
         self, dataset: ConvertedDataset, sampling: Sampling

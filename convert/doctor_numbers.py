@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.action_codec import NUM_BINS, ActionStats
+from convert.doctor_mends import CARD, CONVERT, LEAVE_OUT, LOOK, OWN_CARD, skip
 from convert.doctor_summary import DatasetSummary, EpisodeSummary, Outcome, some
 from convert.steps import still
-from oxe_mix.cards import FillTerm
+from oxe_mix.cards import Card, FillTerm
 from oxe_mix.text import count
 from oxe_mix.verdicts import worst
 
@@ -18,6 +19,7 @@ from oxe_mix.verdicts import worst
 _TINY = 1e-3
 # Beyond the quantiles, in their distance: a few lengths are a rare fast movement, a hundred another unit.
 _OUTLIERS, _GARBAGE = 10.0, 100.0
+_FEW_EPISODES = 4  # below, a dimension may rest by chance
 _MUCH_IDLE = 0.5
 _OTHER_SCALE = 5.0  # times narrower or wider than what is known
 # In decoded actions a zero stands up to half a bin away; so here it may always.
@@ -35,9 +37,11 @@ def finite(data: DatasetSummary) -> Outcome:
     if not bad and not states:
         return Outcome("ok", "every action and state is a number")
     text = f"{count(len(bad), 'action')} and {count(states, 'value')} of states are NaN or infinite"
-    ids = bad or [episode.id for episode in data.episodes if episode.bad_states]
-    mend = "drop these episodes: oxe-mix convert --on-bad-record skip --max-bad N"
-    return Outcome("error", text, some(ids), mend)
+    broken = [e.id for e in data.episodes if e.bad_states or not e.is_finite]
+    mend = f"leave these episodes out: {skip(len(broken))}"
+    if not bad:
+        mend = f"only --state reads them; leave these episodes out: {skip(len(broken), '--state')}"
+    return Outcome("error", text, some(bad or broken), mend)
 
 
 def width(data: DatasetSummary) -> Outcome:
@@ -45,29 +49,53 @@ def width(data: DatasetSummary) -> Outcome:
     if data.width == data.usual_width:
         return Outcome("ok", f"{data.width}")
     text = f"{data.width}, the folder's other datasets have {data.usual_width}"
-    return Outcome("error", text, mend="convert it alone: --only NAME, or leave it out of the mix")
+    return Outcome("error", text, mend=f"convert it alone: {CONVERT} --only NAME")
 
 
 def action_range(data: DatasetSummary) -> Outcome:
     """Each movement fills its range: neither constant, nor a hair's breadth, nor ruled by outliers."""
     if data.stats is None:
-        return Outcome("error", "no finite action was found")
+        return Outcome(
+            "error", "no finite action was found", mend="take NAME out of the mix, or pack it again"
+        )
     stats = data.stats
     movement = np.flatnonzero(np.array(stats.mask)).tolist()
     said = [_one_range(stats, a, _group(movement, a)) for a in movement]
-    filled = (
-        sum(term.dims for term in data.card.action.recipe if isinstance(term, FillTerm)) if data.card else 0
-    )
     constant = [a for a in movement if stats.min[a] == stats.max[a]]
     problems = [one for one in said if one is not None]
-    if len(constant) > filled:
-        names = ", ".join(map(str, constant))
+    enough = stats.num_trajectories >= _FEW_EPISODES
+    # Arms that work in a plane record zeros, and poses may share a height; a movement that is always the same
+    # one is none.
+    stuck = [a for a in constant if stats.min[a] != 0] if _is_delta(data.card) else []
+    if enough and len(stuck) > _filled(data.card):
+        names = ", ".join(map(str, stuck))
         problems.append(Outcome("warning", f"dimension {names}: never changes; its bins say nothing"))
+    if enough and movement and len(constant) == len(movement):
+        problems.append(Outcome("error", "nothing ever moves"))
     if not problems:
-        return Outcome("ok", f"{count(len(movement) - len(constant), 'dimension')} well spread")
-    mend = "units and recipe: oxe-mix datasets NAME"
+        spread = f"{count(len(movement) - len(constant), 'dimension')} well spread"
+        return Outcome("ok", f"{spread}, {len(constant)} never change" if constant else spread)
+    mend = f"see it: {LOOK}; the recipe that makes it: {CARD}{_corrected(data)}"
     text = "; ".join(problem.text for problem in problems)
     return Outcome(worst([problem.level for problem in problems]), text, _farthest(data, problems), mend)
+
+
+def _is_delta(card: Card | None) -> bool:
+    return card is None or card.action_kind == "delta"
+
+
+def _filled(card: Card | None) -> int:
+    """Columns that the recipe fills with a number other than 0."""
+    terms = card.action.recipe if card else ()
+    return sum(term.dims for term in terms if isinstance(term, FillTerm) and term.fill != 0)
+
+
+def _corrected(data: DatasetSummary) -> str:
+    """What a mix can ask for, where OpenVLA's recipe is known to be wrong."""
+    known = (
+        data.card is not None and data.card.corrected is not None and data.card.corrected.action is not None
+    )
+    return "; a mix may ask for recipe: corrected" if known else ""
 
 
 def _one_range(stats: ActionStats, a: int, group: list[int]) -> Outcome | None:
@@ -125,13 +153,14 @@ def idle_steps(data: DatasetSummary) -> Outcome:
         run, start = longest_run(rest)
         longest = max(longest, (run, episode.step(start)))
     text = f"{idle:,} of {steps:,} steps, at most {longest[0]} in a row"
-    mend = "oxe-mix convert --drop-idle leaves them out"
-    if whole:
-        text += f"; {count(len(whole), 'episode')} never move"
-        return Outcome("warning", text, some(whole), mend)
+    mends, examples = list[str](), some(whole)
     if idle > _MUCH_IDLE * steps:
-        return Outcome("warning", text, (longest[1],), mend)
-    return Outcome("ok", text)
+        mends.append(f"leave idle steps out: {CONVERT} --drop-idle")
+        examples = examples or (longest[1],)
+    if whole:
+        text += f"; {count(len(whole), 'episode')} without any movement"
+        mends.append(f"--drop-idle keeps an episode that never moves; {LEAVE_OUT}")
+    return Outcome("warning" if mends else "ok", text, examples, "; ".join(mends))
 
 
 def at_rest(episode: EpisodeSummary, data: DatasetSummary) -> NDArray[np.bool_]:
@@ -163,7 +192,11 @@ def known_figures(data: DatasetSummary) -> Outcome:
         if num > listed.get(split, num)
     ]
     if more:
-        return Outcome("warning", f"more episodes than there are: {', '.join(more)}", mend="another build?")
+        return Outcome(
+            "warning",
+            f"more episodes than there are: {', '.join(more)}",
+            mend=f"if it is another build, give it {OWN_CARD}",
+        )
     drop = data.card.action.drop_zero
     if drop is None or data.stats is None:
         return Outcome("ok", "no more episodes than the card lists" if listed else "the card gives none")
@@ -173,5 +206,5 @@ def known_figures(data: DatasetSummary) -> Outcome:
     odd = np.flatnonzero((ratio > _OTHER_SCALE) | (ratio < 1 / _OTHER_SCALE)).tolist()
     if odd:
         text = ", ".join(f"dimension {a}: {have[a]:.3g} wide, the card says {known[a]:.3g}" for a in odd)
-        return Outcome("warning", text, mend="another unit? look at the recipe: oxe-mix datasets NAME")
+        return Outcome("warning", text, mend=f"another unit? the recipe: {CARD}; {OWN_CARD} may read it so")
     return Outcome("ok", "ranges as the card gives them")

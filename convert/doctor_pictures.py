@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from convert.doctor_frames import CameraTrack, swapped
+from convert.doctor_mends import CONVERT, LEAVE_OUT, LOOK
 from convert.doctor_numbers import at_rest, longest_run
 from convert.doctor_summary import DatasetSummary, EpisodeSummary, Outcome, some
+from oxe_mix.cards import Card
 from oxe_mix.text import count
 from oxe_mix.verdicts import Level, worst
 
@@ -29,6 +31,7 @@ _ONE_SIDED, _ALIKE, _FEW_EPISODES = 0.25, 0.6, 4
 _COLOURED = 0.01  # mean chroma of a picture below which its hues say nothing
 _WARM, _COOL = slice(0, 4), slice(12, 16)  # 0 to 60 degrees: wood, skin, cardboard; the same, exchanged
 _COOL_SHARE = 0.85
+_GUESS = f"a guess by hues, so look: {LOOK}"
 
 Tracks = list[tuple[EpisodeSummary, CameraTrack]]
 
@@ -54,8 +57,26 @@ def blank_frames(data: DatasetSummary) -> Outcome:
         what = "black" if black == len(places) else f"one colour, {black:,} of them black"
         level: Level = "error" if i == 0 and len(places) > _MANY * total else "warning"
         ids = [episode.step(int(camera.looked[f])) for episode, camera, f in places]
-        said.append(Outcome(level, f"{role}: {len(places):,} of {total:,} frames are {what}", some(ids)))
-    return _joined(said, data, "none", "convert without that camera: --cameras primary")
+        text = f"{role}: {len(places):,} of {total:,} frames are {what}"
+        mend = f"convert leaves it out unless --cameras names it: {CONVERT} --cameras primary"
+        said.append(Outcome(level, text, some(ids), mend if i else _other_cameras(data)))
+    return _joined(said, data, "none")
+
+
+def _other_cameras(data: DatasetSummary) -> str:
+    """What to convert with when the first is blank: cameras that are not, or that were not looked at."""
+    blank = [
+        role
+        for role, tracks in by_camera(data).items()
+        if sum(int(c.flat.sum()) for _, c in tracks) > _MANY * sum(len(c.looked) for _, c in tracks)
+    ]
+    roles = data.card.cameras.model_dump() if data.card else {}
+    live = [role for role, name in roles.items() if name and role not in blank]
+    if not blank:
+        return LEAVE_OUT
+    if not live:
+        return "it has no camera that sees: take NAME out of the mix"
+    return f"convert with cameras that see: {CONVERT} --only NAME --cameras {','.join(live)}"
 
 
 def frozen_frames(data: DatasetSummary) -> Outcome:
@@ -70,10 +91,9 @@ def frozen_frames(data: DatasetSummary) -> Outcome:
         level: Level = "error" if i == 0 and steps > _MANY * total else "warning"
         most = f"in {count(len(runs), 'episode')}, at most {max(runs)[0]} in a row"
         text = f"{role}: {steps:,} of {total:,} steps {most}"
-        said.append(Outcome(level, text, some([place for _, place in sorted(runs, reverse=True)])))
-    return _joined(
-        said, data, "none while the robot moves", "drop these episodes: their pictures say nothing"
-    )
+        ids = [place for _, place in sorted(runs, reverse=True)]
+        said.append(Outcome(level, text, some(ids), LEAVE_OUT))
+    return _joined(said, data, "none while the robot moves")
 
 
 def _frozen_run(episode: EpisodeSummary, camera: CameraTrack, data: DatasetSummary) -> tuple[int, int]:
@@ -117,15 +137,16 @@ def repeated_frames(data: DatasetSummary) -> Outcome:
         again = [(e, int(t) + 1) for e, c in live for t in np.flatnonzero(c.marks[1:] == c.marks[:-1])]
         if pairs and len(again) > _REPEATED * pairs:
             text = f"{role}: {len(again):,} of {pairs:,} frames are the one before, byte for byte"
-            mend = "a camera slower than the robot: oxe-mix convert --stride 2"
+            mend = f"is the camera slower than the robot? {CONVERT} --only NAME --stride 2"
             said.append(Outcome("warning", text, some([episode.step(t) for episode, t in again]), mend))
         shared = Counter(mark for _, camera in live for mark in set(camera.marks.tolist()))
         many = {mark for mark, num in shared.items() if num >= _EPISODES_WITH_IT}
         ids = [e.step(int(t)) for e, c in live for t in _first_of(c, many)]
         if ids:
             text = f"{role}: {count(len(many), 'picture')} in {_EPISODES_WITH_IT} episodes or more"
-            said.append(Outcome("warning", text, some(ids), "no live camera, or one scene copied"))
-    return _joined(said, data, "few or none", said[0].mend if said else "")
+            mend = f"a camera that was not live, or one scene copied? {LOOK}; {LEAVE_OUT}"
+            said.append(Outcome("warning", text, some(ids), mend))
+    return _joined(said, data, "few or none")
 
 
 def _first_of(camera: CameraTrack, marks: set[int]) -> Sequence[int]:
@@ -143,11 +164,11 @@ def colour_channels(data: DatasetSummary) -> Outcome:
     """
     cameras = by_camera(data)
     said = [one for role, tracks in cameras.items() for one in _odd_episodes(role, tracks)]
-    said += _odd_cameras({role: _hues(tracks) for role, tracks in cameras.items()})
+    enough = {role: _hues(tracks) for role, tracks in cameras.items() if len(tracks) >= _FEW_EPISODES}
+    said += _odd_cameras(enough, data.card)
     if not said:
-        said += [one for role, tracks in cameras.items() for one in _cool(role, tracks)]
-    mend = "a guess by hues: look at a frame; if it is so, add flip_channels to the mix"
-    return _joined(said, data, "no sign of an exchange (a guess by hues)", mend)
+        said += [one for role, tracks in cameras.items() for one in _cool(role, tracks, data.card)]
+    return _joined(said, data, "no sign of an exchange (a guess by hues)")
 
 
 def _odd_episodes(role: str, tracks: Tracks) -> list[Outcome]:
@@ -166,22 +187,26 @@ def _odd_episodes(role: str, tracks: Tracks) -> list[Outcome]:
     if not odd or float((alike > _ALIKE).mean()) < 0.5:
         return []
     text = f"{role}: {len(odd)} of {len(sides)} episodes look like the others with red and blue exchanged"
-    return [Outcome("warning", text, some(odd))]
+    return [Outcome("warning", text, some(odd), f"{_GUESS}; mods turn all episodes round; {LEAVE_OUT}")]
 
 
-def _odd_cameras(hues: dict[str, tuple[NDArray[np.float64], int]]) -> list[Outcome]:
+def _odd_cameras(hues: dict[str, tuple[NDArray[np.float64], int]], card: Card | None) -> list[Outcome]:
     """Cameras of one scene whose hues agree only after an exchange of one."""
     sides = {role: side for role, (sums, num) in hues.items() if (side := _side(sums, num)) is not None}
     roles = list(sides)
     return [
-        Outcome("warning", f"{a} and {b} agree in their hues only if red and blue of one are exchanged")
+        Outcome(
+            "warning",
+            f"{a} and {b} agree in their hues only if red and blue of one are exchanged",
+            mend=_flip(card, b),
+        )
         for i, a in enumerate(roles)
         for b in roles[i + 1 :]
         if float(sides[a] @ sides[b]) < -_ALIKE
     ]
 
 
-def _cool(role: str, tracks: Tracks) -> list[Outcome]:
+def _cool(role: str, tracks: Tracks, card: Card | None) -> list[Outcome]:
     """A camera that sees hardly anything warm: no wood, no skin, no cardboard, but their mirror images."""
     sums, num = _hues(tracks)
     warm, cool = float(sums[_WARM].sum()), float(sums[_COOL].sum())
@@ -190,7 +215,15 @@ def _cool(role: str, tracks: Tracks) -> list[Outcome]:
     share = cool / (warm + cool)
     if share < _COOL_SHARE:
         return []
-    return [Outcome("warning", f"{role}: {share:.0%} of its warm or cool colours are cool")]
+    text = f"{role}: {share:.0%} of its warm or cool colours are cool"
+    return [Outcome("warning", text, mend=_flip(card, role))]
+
+
+def _flip(card: Card | None, role: str) -> str:
+    """How a mix turns a camera's channels round."""
+    name = card.cameras.model_dump()[role] if card else role
+    mods = f"mods: [{{flip_channels: [{name}]}}]"
+    return f"{_GUESS}; if it is so, give NAME {mods} in a mix, say my-mix.yaml: {CONVERT} --mix my-mix.yaml"
 
 
 def _hues(tracks: Tracks) -> tuple[NDArray[np.float64], int]:
@@ -214,11 +247,12 @@ def _side(hues: NDArray[np.float64], num_pictures: int) -> NDArray[np.float64] |
     return np.asarray(side / length)
 
 
-def _joined(said: list[Outcome], data: DatasetSummary, fine: str, mend: str) -> Outcome:
+def _joined(said: list[Outcome], data: DatasetSummary, fine: str) -> Outcome:
     """The findings of all cameras in one line."""
     if not by_camera(data):
         return Outcome("ok", "not looked at: no camera")
     if not said:
         return Outcome("ok", fine)
     examples = some([one for outcome in said for one in outcome.examples])
+    mend = "; ".join(dict.fromkeys(one.mend for one in said))
     return Outcome(worst([one.level for one in said]), "; ".join(one.text for one in said), examples, mend)

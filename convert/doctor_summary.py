@@ -67,7 +67,8 @@ class DatasetSummary:
     splits: dict[str, int]  # episodes of each
     episodes: tuple[EpisodeSummary, ...]  # those that were looked at
     stats: ActionStats | None  # None where no step is left
-    all_steps: bool = False  # whether `stats` are of every step of the dataset
+    converted: bool = False  # whether it comes from conversations; then `stats` are of every step
+    left_out: int = 0  # episodes that a conversion left out, since they have no instruction
     unreadable: tuple[tuple[str, str], ...] = ()  # id, reason
     twins: tuple[tuple[str, str], ...] = ()  # ids of records with the same bytes
     num_compared: int = 0  # records whose bytes were compared

@@ -111,7 +111,8 @@ def check_memory(cores: int, available: int | None) -> Verdict:
     text = f"{cpus}, {size(available)} free"
     if available >= _SMALL_MEMORY:
         return Verdict("ok", _MACHINE, "memory", text)
-    return Verdict("warning", _MACHINE, "memory", text, mend="run with --workers 1, or free some memory")
+    mend = "free some memory, or: oxe-mix convert --workers 1"
+    return Verdict("warning", _MACHINE, "memory", text, mend=mend)
 
 
 def check_shared_memory(free: int | None) -> Verdict:
@@ -158,10 +159,18 @@ def check_source(url: str, timeout_s: float = NETWORK_TIMEOUT_S) -> Verdict:
     problem = said[0] if said else f"no answer within {timeout_s:g} s"
     if not problem:
         return Verdict("ok", _MACHINE, "network", f"{where} answers")
-    # urllib3 tells the whole chain of causes; the last one is what happened.
-    reason = problem.removeprefix(f"{url}: ").rpartition(": ")[2].rstrip('")')[:_REASON]
-    mend = "see https_proxy, or name a copy: oxe-mix download --source URI"
+    reason = _last_cause(problem.removeprefix(f"{url}: "))
+    mend = "see https_proxy, or name a copy: oxe-mix download --mix default.yaml --source URI"
     return Verdict("warning", _MACHINE, "network", f"{where}: {reason}", mend=mend)
+
+
+def _last_cause(problem: str) -> str:
+    """Of the whole chain of causes that urllib3 tells: what happened."""
+    reason = problem.rpartition(": ")[2]
+    # The brackets and quotes of those before end behind it.
+    while (reason.endswith(")") and reason.count("(") < reason.count(")")) or reason.count('"') % 2:
+        reason = reason.rpartition(reason[-1])[0] if reason[-1] in '")' else reason.replace('"', "")
+    return reason if len(reason) <= _REASON else f"{reason[:_REASON]} ..."
 
 
 def _addresses(mix: Mix, cards: Cards) -> list[str]:

@@ -107,7 +107,7 @@ def check_gpu(facts: TorchFacts, driver: str | None) -> Verdict:
         names = ", ".join(f"{name} with {size(memory)}" for name, memory in facts.gpus)
         text = f"{names}{f' ({driver})' if driver else ''}"
         if min(memory for _, memory in facts.gpus) < _TOO_LITTLE_GPU:
-            mend = "train with model ov-0.5b and LoRA, or on the CPU"
+            mend = "no released model fits; make train CONFIG=train_llava/configs/tiny-cpu.yaml does"
             return Verdict("warning", "machine", "gpu", f"{text}: little memory", mend=mend)
         return Verdict("ok", "machine", "gpu", text)
     if driver is None:

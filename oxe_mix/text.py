@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 _RED, _YELLOW = 31, 33
 
@@ -49,16 +50,16 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """One `error: …` line on stderr for each line of a message."""
     for line in text.splitlines():
-        print(f"{_painted('error:', _RED)} {line}", file=sys.stderr, flush=True)
+        print(f"{painted('error:', _RED, sys.stderr)} {line}", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
     """One `warning: …` line on stderr for each line of a message."""
     for line in text.splitlines():
-        print(f"{_painted('warning:', _YELLOW)} {line}", file=sys.stderr, flush=True)
+        print(f"{painted('warning:', _YELLOW, sys.stderr)} {line}", file=sys.stderr, flush=True)
 
 
-def _painted(word: str, colour: int) -> str:
+def painted(word: str, colour: int, stream: TextIO) -> str:
     """Coloured on a terminal, plain anywhere else and where NO_COLOR is set (no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
     return word if plain else f"\033[1;{colour}m{word}\033[0m"

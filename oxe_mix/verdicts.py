@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from oxe_mix.text import count
+from oxe_mix.text import count, painted
 
 Level = Literal["ok", "warning", "error"]
 _LEVELS: tuple[Level, ...] = ("ok", "warning", "error")
+_COLOURS: dict[Level, int] = {"ok": 32, "warning": 33, "error": 31}
+_WIDEST = max(map(len, _LEVELS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +28,10 @@ class Verdict:
 
     @property
     def line(self) -> str:
-        """What was seen, where, and what to do about it, in one line."""
-        # The dataset's name stands in its own column.
+        """What was seen, and where."""
+        # The dataset's name stands above.
         short = [place.replace(f"{self.subject}/", "") for place in self.examples]
-        where = f", e.g. {', '.join(short)}" if short else ""
-        return _plain(f"{self.text}{where}{f'; {self.mend}' if self.mend else ''}")
+        return _plain(f"{self.text}, e.g. {', '.join(short)}" if short else self.text)
 
 
 def _plain(text: str) -> str:
@@ -42,14 +44,38 @@ def worst(levels: Sequence[Level]) -> Level:
     return max(levels, key=_LEVELS.index, default="ok")
 
 
-def report(verdicts: Sequence[Verdict]) -> str:
-    """One line each, in columns, all but the last as wide as they need to be."""
-    rows = [(one.level, _plain(one.subject), one.check, one.line) for one in verdicts]
-    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+def report(verdicts: Sequence[Verdict], *, every: bool) -> str:
+    """Subject by subject, those with errors first: what it comes to, and below it each check that is not ok,
+    the worst first; `every`: those that are ok, too.
+    """
+    by_subject: dict[str, list[Verdict]] = {}
+    for one in verdicts:
+        by_subject.setdefault(one.subject, []).append(one)
     return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]])
-        for row in rows
+        line
+        for subject in sorted(by_subject, key=lambda one: _badness(by_subject[one]))
+        for line in _subject_lines(by_subject[subject], every=every)
     )
+
+
+def _badness(verdicts: list[Verdict]) -> tuple[bool, bool]:
+    """Sorts what has errors first, then what has warnings."""
+    num = tally(verdicts)
+    return (num["error"] == 0, num["warning"] == 0)
+
+
+def _subject_lines(verdicts: list[Verdict], *, every: bool) -> list[str]:
+    num = tally(verdicts)
+    counts = [count(num["error"], "error"), count(num["warning"], "warning"), f"{num['ok']:,} ok"]
+    lines = [f"{_plain(verdicts[0].subject)}: {', '.join(one for one in counts if one[:2] != '0 ')}"]
+    shown = [one for one in verdicts if every or one.level != "ok"]
+    width = max((len(one.check) for one in shown), default=0)
+    for one in sorted(shown, key=lambda one: -_LEVELS.index(one.level)):
+        level = painted(one.level, _COLOURS[one.level], sys.stdout) + " " * (_WIDEST - len(one.level))
+        lines.append(f"  {level}  {one.check.ljust(width)}  {one.line}")
+        if one.mend:
+            lines.append(f"  {'':{_WIDEST}}  {'':{width}}  -> {_plain(one.mend)}")
+    return lines
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:

@@ -44,6 +44,7 @@ from oxe_mix.doctor_torch import (
 from oxe_mix.mix import load_mix
 from oxe_mix.verdicts import Verdict, report
 from tests.conftest import ROOT
+from tests.test_doctor_faults import parse_commands
 
 GB = 10**9
 
@@ -176,6 +177,7 @@ def test_the_driver_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.
 def test_each_fact_of_the_machine_has_its_level(said: Verdict, level: str, words: str) -> None:
     assert (said.level, words in said.text) == (level, True)
     assert said.mend or level == "ok" or "cannot be asked" in said.text
+    parse_commands(said.mend)
 
 
 @pytest.fixture
@@ -216,6 +218,7 @@ def test_a_source_answers_refuses_or_is_silent(
     closed = check_source("http://127.0.0.1:9/a.json")
     assert closed.level == "warning"
     assert closed.text == "http://127.0.0.1:9: [Errno 111] Connection refused"
+    assert parse_commands(closed.mend) == 1
     forbidden = check_source(f"{server(b'HTTP/1.1 403 No' + bytes([13, 10]) * 2)}/a.json")
     assert "no permission (HTTP 403)" in forbidden.text
     start = time.monotonic()
@@ -266,14 +269,49 @@ def test_a_source_of_the_default_mix_is_asked_once(cards: Cards, monkeypatch: py
     assert sum(one.check == "network" for one in found) == 2
 
 
-def test_lines_stand_in_columns_and_carry_what_mends_them() -> None:
-    lines = report(
-        [
-            Verdict("ok", "machine", "disk", "12 GB"),
-            Verdict("warning", "environment", "torch", "a\nb", ("environment/1",), "make \x1b[2J setup"),
-        ]
-    )
-    assert lines.splitlines() == [
-        "ok       machine      disk   12 GB",
-        "warning  environment  torch  a b, e.g. 1; make ?[2J setup",
+def test_what_is_worst_comes_first_with_what_mends_it_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = [
+        Verdict("ok", "sound", "disk", "12 GB"),
+        Verdict("warning", "odd", "torch", "a\nb", ("odd/1",), "make \x1b[2J setup"),
+        Verdict("ok", "bad", "memory", "4 GB"),
+        Verdict("warning", "bad", "files", "few"),
+        Verdict("error", "bad", "gpu", "gone", mend="nvidia-smi"),
     ]
+    assert report(verdicts, every=False).splitlines() == [
+        "bad: 1 error, 1 warning, 1 ok",
+        "  error    gpu    gone",
+        "                  -> nvidia-smi",
+        "  warning  files  few",
+        "odd: 1 warning",
+        "  warning  torch  a b, e.g. 1",
+        "                  -> make ?[2J setup",
+        "sound: 1 ok",
+    ]
+    assert "  ok       memory  4 GB" in report(verdicts, every=True).splitlines()
+    # On a terminal the words are red, yellow and green, unless its owner wants none.
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    painted = report(verdicts, every=True)
+    assert "  \x1b[1;31merror\x1b[0m    gpu     gone" in painted
+    assert "  \x1b[1;33mwarning\x1b[0m  files   few" in painted
+    assert "  \x1b[1;32mok\x1b[0m       memory  4 GB" in painted
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in report(verdicts, every=True)
+
+
+def test_the_last_cause_keeps_its_brackets_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = """u: HTTPSConnectionPool(host='h', port=443): Max (Caused by NameResolutionError("<x>: """
+    unknown = "Failed to resolve 'h' ([Errno -2] Name not known)"
+    for told, reason in (
+        (f'{chain}{unknown}"))', unknown),
+        (chain + """no route"))""", "no route"),
+        ("u: no permission (HTTP 403)", "no permission (HTTP 403)"),
+        ("u: (" + "x" * 200 + ")", "(" + "x" * 159 + " ..."),
+    ):
+
+        def fail(*_: object, told: str = told) -> None:
+            raise OSError(told)
+
+        monkeypatch.setattr("oxe_mix.doctor_machine.open_range", fail)
+        assert check_source("https://h/a.json").text == f"https://h: {reason}"
