@@ -28,7 +28,7 @@ def main() -> None:
     """Measure, print and record."""
     quiet_libraries()
     shapes = (NARROW, WIDE)
-    figures = {shape.name: measure(shape, torch.device("cpu"), torch.float32, rounds=10) for shape in shapes}
+    figures = {shape.name: measure(shape, torch.device("cpu"), torch.float32, rounds=20) for shape in shapes}
     say(f"result: {write_result('act-cpu', _PACKAGES, figures)}")
 
 
