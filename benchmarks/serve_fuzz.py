@@ -44,6 +44,7 @@ _ODD: tuple[Any, ...] = (
     float("nan"),
     "",
     "x" * 3000,
+    "\ud800",  # half of a surrogate pair, which JSON can say and UTF-8 cannot
     b"",
     b"\xff" * 9,
     [],

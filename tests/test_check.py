@@ -368,5 +368,6 @@ def test_workers_end_when_the_command_is_killed() -> None:
 
 
 def test_a_folder_that_is_no_conversion_is_refused(data: Path, tmp_path: Path) -> None:
-    for folder in (data, tmp_path, tmp_path / "nowhere"):
+    for folder in (data, tmp_path):
         assert "no manifest.json, so no finished conversion" in _check(folder, code=2)
+    assert "no such folder" in _check(tmp_path / "nowhere", code=2)

@@ -106,9 +106,10 @@ def test_one_command_trains_on_all_hosts_of_a_hostfile(place: Place) -> None:
     assert lines[-1]["step"] == 3
 
 
-# Says its name, and takes what it is told; how it ends is its second word.
+# Says its name, and takes what it is told; how it ends is its second word. One that fails waits until all are
+# there: on a busy machine the others would be ended before they could say so.
 _ON_HOST = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 from train_llava.supervise import stop_at_end_of_input
 name, how = sys.argv[1:]
 def stop(number, _):
@@ -118,7 +119,10 @@ def stop(number, _):
 signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, stop)
 stop_at_end_of_input()
 print("here", flush=True)
+is_here = pathlib.Path(__file__).with_suffix
+is_here("." + name).touch()
 if how == "fails":
+    while not all(is_here("." + other).exists() for other in "ac"): time.sleep(0.05)
     print("error: x is wrong", file=sys.stderr, flush=True)
     sys.exit(2)
 while True: time.sleep(0.05)
@@ -129,13 +133,13 @@ def _front(place: Place, **ways: str) -> subprocess.Popen[str]:
     script = place.folder / "on_host.py"
     script.write_text(_ON_HOST)
     commands = {host: [PYTHON, str(script), host, how] for host, how in ways.items()}
-    code = f"from train_llava.hosts import run_on_hosts; exit(run_on_hosts({commands!r}, grace_s=0.5))"
+    code = f"from train_llava.hosts import run_on_hosts; exit(run_on_hosts({commands!r}, grace_s=3))"
     return place.start([PYTHON, "-c", code], PATH=f"{place.folder / 'bin'}:{os.environ['PATH']}")
 
 
 def test_when_one_host_fails_the_others_are_ended(place: Place) -> None:
     fails = _front(place, a="hangs", b="fails", c="saves")
-    unreachable = _front(place, a="saves", nowhere="saves")
+    unreachable = _front(place, z="saves", nowhere="saves")
     out, err = ended(fails, 2)
     assert sorted(out.splitlines()) == [
         "b: here",

@@ -210,7 +210,7 @@ def test_all_that_is_wrong_is_said_at_once_a_line_each(source: Path) -> None:
     ("old", "new", "line", "message"),
     [
         ("dims: 7", "dims: 6", 20, "the recipe comes to 7 columns, dims says 6"),
-        ("decode: utf8", "decode: int32_codepoints", 27, "int32_codepoints: pack writes text; use utf8"),
+        ("decode: utf8", "decode: int32_codepoints", 28, "int32_codepoints: pack writes text; use utf8"),
         ("version: 1.0.0", "version: v1", 3, "'v1' is no version for TFDS; write it as 1.0.0"),
         ("{primary: image,", "{primary: null,", 9, "no camera; a conversation needs a frame"),
         ("[language_instruction]", "[action, text]", 2, "action and action.text cannot both be features"),
@@ -224,7 +224,7 @@ def test_a_card_that_does_not_fit_is_named_with_its_line(
     if line == 20:
         spoilt = spoilt.replace(
             "true, true, true, true, true, true, false", "true, true, true, true, true, false"
-        )
+        ).replace("units: [m, ", "units: [")
     file = source.parent / "my_robot.yaml"
     file.write_text(spoilt)
     with pytest.raises(UserError) as refused:
