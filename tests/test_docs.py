@@ -168,8 +168,6 @@ def test_the_scaling_law_study_draws_nested_fractions(tiny_config: Path, tmp_pat
     few, many = (_episodes(out / name / "llava", "conversations") for name in ("0.3", "0.9"))
     assert few < many
     assert _episodes(out / "0.9/llava", "val").isdisjoint(few | many)
-    again = run(PYTHON, ROOT / script, *words, "--out", "study", *small, cwd=tmp_path).stdout
-    assert "oxe-mix convert" not in again
     another = (*small, "--mix", "bridge.yaml")
     refused = run(PYTHON, ROOT / script, *words, "--out", "study", *another, cwd=tmp_path, code=2).stderr
     assert "mix.yaml: an earlier study had another mix; choose another --out" in refused

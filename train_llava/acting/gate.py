@@ -97,9 +97,21 @@ class Door:
 
 
 class _Full(asyncio.Protocol):
-    """Says no. What is asked is read and left: closed with something unread, a client would not see why."""
+    """Says no, and reads on for a moment: closed with something unread, a client would not see why."""
+
+    _transport: asyncio.WriteTransport
+    _has_said = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(_FULL)
-        asyncio.get_running_loop().call_later(_FULL_S, transport.close)
+        self._transport = transport
+        asyncio.get_running_loop().call_later(_FULL_S, self._end)
+
+    def data_received(self, _: bytes) -> None:
+        if not self._has_said:
+            self._transport.write(_FULL)
+        self._has_said = True
+
+    def _end(self) -> None:
+        self.data_received(b"")  # also to who asked nothing
+        self._transport.close()
