@@ -35,7 +35,7 @@ demo: setup
 	@$(BIN)/python -m train_llava.demo
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 train: setup
 	@exec $(BIN)/python -m train_llava.launch --config "$(CONFIG)" --nproc $(NPROC) --llava "$(LLAVA)" \
