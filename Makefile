@@ -54,6 +54,7 @@ bench: setup
 	@$(BIN)/python -m benchmarks.transfer
 	@$(BIN)/python -m benchmarks.convert
 	@$(BIN)/python -m benchmarks.codecs
+	@$(BIN)/python -m benchmarks.report
 	@$(BIN)/python -m benchmarks.loader_memory
 
 lint: setup
