@@ -44,19 +44,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def say(text: str) -> None:
     """Print for the user, at once even into a pipe."""
-    print(text, flush=True)
+    _print_whole(text, sys.stdout)
 
 
 def complain(text: str) -> None:
     """One `error: …` line on stderr for each line of a message."""
     for line in text.splitlines():
-        print(f"{painted('error:', _RED, sys.stderr)} {line}", file=sys.stderr, flush=True)
+        _print_whole(f"{painted('error:', _RED, sys.stderr)} {line}", sys.stderr)
 
 
 def warn(text: str) -> None:
     """One `warning: …` line on stderr for each line of a message."""
     for line in text.splitlines():
-        print(f"{painted('warning:', _YELLOW, sys.stderr)} {line}", file=sys.stderr, flush=True)
+        _print_whole(f"{painted('warning:', _YELLOW, sys.stderr)} {line}", sys.stderr)
+
+
+def _print_whole(text: str, stream: TextIO) -> None:
+    """The line and its end in one write: another thread's line must not come between them."""
+    print(f"{text}\n", end="", file=stream, flush=True)
 
 
 def painted(word: str, colour: int, stream: TextIO) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from oxe_mix import fingerprint as fingerprints
-from tests.conftest import OXE_MIX, ROOT, run
+from tests.conftest import OXE_MIX, PYTHON, ROOT, run
 
 
 def test_the_fingerprint_names_what_decides_about_a_result() -> None:
@@ -150,3 +150,14 @@ def test_a_setting_that_make_does_not_know_is_refused() -> None:
     )
     assert done.returncode == 2
     assert "LAVA: no such setting; there are CONFIG NPROC LLAVA" in done.stderr
+
+
+def test_lines_of_several_threads_stay_whole() -> None:
+    """As those of several hosts, which one process shows."""
+    code = (
+        "import threading; from oxe_mix.text import say; "
+        "threads = [threading.Thread(target=lambda: [say('whole') for _ in range(2000)]) for _ in range(4)]; "
+        "[one.start() for one in threads]; [one.join() for one in threads]"
+    )
+    done = subprocess.run([PYTHON, "-u", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "whole\n" * 8000
