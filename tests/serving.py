@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,11 +89,12 @@ def write_checkpoint(
     return folder
 
 
-class SlowPolicy:
-    """A policy whose model takes so many seconds longer, and says what it was asked together."""
+class HeldPolicy:
+    """A policy whose model answers once it is let go, and that says what it was asked together."""
 
-    def __init__(self, policy: Policy, seconds: float) -> None:
-        self._policy, self._seconds = policy, seconds
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.go = threading.Event()
         self.batches: list[list[str]] = []
         self.codec, self.cameras, self.image_size = policy.codec, policy.cameras, policy.image_size
         self.is_parallel = policy.is_parallel
@@ -103,10 +104,22 @@ class SlowPolicy:
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         self.batches.append([question.text for question in questions])
-        time.sleep(self._seconds)
+        assert self.go.wait(30)
         if any("break the model" in question.text for question in questions):
             raise RuntimeError("secret of the server")
         return self._policy.answer(questions)
+
+    def until_asked(self) -> None:
+        """Wait until the model has something in hand."""
+        until(lambda: bool(self.batches))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread brings about."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @dataclass
@@ -122,6 +135,10 @@ class Served:
         return connect(
             f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, additional_headers=headers
         )
+
+    def until_in_flight(self, number: int) -> None:
+        """Wait until so many requests wait for the model."""
+        until(lambda: self.server.tally.in_flight == number)
 
     def stop(self) -> None:
         """As a signal would."""
@@ -141,7 +158,7 @@ class Setting:
 
 
 @contextmanager
-def served(checkpoint: Path, policy: Policy | SlowPolicy, setting: Setting | None = None) -> Iterator[Served]:
+def served(checkpoint: Path, policy: Policy | HeldPolicy, setting: Setting | None = None) -> Iterator[Served]:
     """Serve a policy on a free port; stopped at the end, unless it was before."""
     setting = setting or Setting()
     own = cast(Policy, policy)

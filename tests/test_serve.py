@@ -285,3 +285,4 @@ def test_the_metrics_are_what_prometheus_reads(server: Served) -> None:
         assert buckets == sorted(buckets)
         assert buckets[-1] == values[f'oxe_mix_phase_seconds_count{{phase="{phase}"}}'] == answered > 0
     assert values["oxe_mix_connections"] == 0
+    assert values["oxe_mix_in_flight"] == 0

@@ -19,14 +19,15 @@ from oxe_mix.errors import UserError
 from tests.serving import (
     FRAME,
     REQUEST,
+    HeldPolicy,
     Served,
     Setting,
-    SlowPolicy,
     ask,
     decoded,
     http,
     served,
     tiny_policy,
+    until,
     write_checkpoint,
 )
 from train_llava.acting import gate as gates
@@ -186,15 +187,13 @@ def test_no_more_robots_than_the_most(checkpoint: Path, policy: Policy) -> None:
 def test_no_more_connections_than_that_and_some(checkpoint: Path, policy: Policy) -> None:
     with served(checkpoint, policy, Setting(caps=Caps(connections=1))) as running:
         idle = [sockets.create_connection(("127.0.0.1", running.port)) for _ in range(17)]
-        time.sleep(0.2)
         with sockets.create_connection(("127.0.0.1", running.port)) as another:
             assert another.recv(100).startswith(b"HTTP/1.1 503 ")
         with pytest.raises(InvalidStatus, match="503"):
             running.connect()
         for one in idle:
             one.close()
-        time.sleep(0.2)
-        assert http(running.port, "/healthz")[0] == 200
+        until(lambda: http(running.port, "/healthz")[0] == 200)
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/metrics", "/", "/none"])
@@ -209,14 +208,14 @@ def test_who_only_looks_or_may_not_keeps_no_connection(guarded: Served, path: st
 def test_who_connects_and_says_nothing_is_hung_up_on(
     checkpoint: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gates, "_FIRST_REQUEST_S", 0.3)
+    monkeypatch.setattr(gates, "_FIRST_REQUEST_S", 1.0)
     with served(checkpoint, policy) as running:
         with sockets.create_connection(("127.0.0.1", running.port), timeout=5) as silent:
             silent.sendall(b"GET /healthz HTTP/1.1\r\nHos")
             assert silent.recv(100) == b""
         with running.connect() as socket:
             socket.recv()
-            time.sleep(0.5)
+            time.sleep(1.2)
             assert "actions" in ask(socket, REQUEST)
 
 
@@ -237,8 +236,8 @@ def test_what_is_no_http_gets_no_traceback(
 
 
 def test_a_server_that_stops_answers_what_has_come(checkpoint: Path, policy: Policy) -> None:
-    slow = SlowPolicy(policy, 0.3)
-    with served(checkpoint, slow) as running, ExitStack() as opened:
+    held = HeldPolicy(policy)
+    with served(checkpoint, held) as running, ExitStack() as opened:
         *busy, idle = (opened.enter_context(running.connect()) for _ in range(4))
         over_http: list[int] = []
         poster = threading.Thread(target=lambda: over_http.append(http(running.port, "/act", BODY)[0]))
@@ -247,13 +246,12 @@ def test_a_server_that_stops_answers_what_has_come(checkpoint: Path, policy: Pol
         for one in busy:
             one.send(pack(REQUEST))
         poster.start()
-        while not slow.batches:
-            time.sleep(0.01)
-        time.sleep(0.1)
+        running.until_in_flight(4)
         stopping = threading.Thread(target=running.stop)
         stopping.start()
         with pytest.raises(ConnectionClosedOK, match=r"1001.*the server stops"):
             idle.recv()
+        held.go.set()
         for one in busy:
             assert "actions" in decoded(one.recv())
             with pytest.raises(ConnectionClosedOK, match="1001"):

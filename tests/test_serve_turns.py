@@ -6,7 +6,6 @@ import json
 import re
 import socket as sockets
 import threading
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +18,9 @@ from websockets.exceptions import ConnectionClosedError
 from tests.serving import (
     FRAME,
     REQUEST,
+    HeldPolicy,
     Served,
     Setting,
-    SlowPolicy,
     ask,
     decoded,
     http,
@@ -46,30 +45,25 @@ def policy(checkpoint: Path) -> Policy:
 
 
 def test_with_one_at_a_time_everyone_gets_the_same_share(checkpoint: Path, policy: Policy) -> None:
-    served_to: dict[str, int] = {}
-    with served(checkpoint, SlowPolicy(policy, 0.002)) as running:
-        deadline = time.monotonic() + 1.5
+    served_to = dict.fromkeys("01234", 0)
+    together = threading.Barrier(len(served_to), timeout=30)
+    with served(checkpoint, policy) as running:
 
         def keep_asking(name: str) -> None:
             with running.connect() as socket:
                 socket.recv()
-                served_to[name] = 0
-                while time.monotonic() < deadline:
+                together.wait()
+                while max(served_to.values()) < 20:
                     assert "actions" in ask(socket, REQUEST)
                     served_to[name] += 1
 
-        threads = [threading.Thread(target=keep_asking, args=(f"{i}",)) for i in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(served_to) == 5
-    assert min(served_to.values()) >= 3
-    assert max(served_to.values()) - min(served_to.values()) <= 2
+        with ThreadPoolExecutor(len(served_to)) as pool:
+            deque(pool.map(keep_asking, served_to), maxlen=0)
+    assert min(served_to.values()) >= 18
 
 
 def test_what_waits_is_answered_together_as_it_is_alone(checkpoint: Path, policy: Policy) -> None:
-    slow = SlowPolicy(policy, 0.3)
+    held = HeldPolicy(policy)
     prompts = [
         f"pick up the {word}" for word in ("red block", "green one", "a", "very large blue block there")
     ]
@@ -79,17 +73,18 @@ def test_what_waits_is_answered_together_as_it_is_alone(checkpoint: Path, policy
             socket.recv()
             return ask(socket, REQUEST | {"prompt": prompt})["actions"]
 
-    with served(checkpoint, slow, Setting(max_batch=8)) as running, ThreadPoolExecutor(5) as pool:
+    with served(checkpoint, held, Setting(max_batch=8)) as running, ThreadPoolExecutor(5) as pool:
         first = pool.submit(one, running, "go")
-        while not slow.batches:
-            time.sleep(0.01)
+        held.until_asked()
         rest = [pool.submit(one, running, prompt) for prompt in prompts]
+        running.until_in_flight(5)
+        held.go.set()
         together = [future.result() for future in rest]
         first.result()
         batches = re.findall(
             r'oxe_mix_batch_size_bucket{le="(\d+)"} (\d+)', http(running.port, "/metrics")[1]
         )
-    assert [len(batch) for batch in slow.batches] == [1, 4]
+    assert [len(batch) for batch in held.batches] == [1, 4]
     assert dict(batches)["1"] == "1"
     assert dict(batches)["4"] == "2"
     assert len({actions.tobytes() for actions in together}) >= 3
@@ -101,18 +96,19 @@ def test_what_waits_is_answered_together_as_it_is_alone(checkpoint: Path, policy
 def test_a_question_that_breaks_the_model_takes_no_other_with_it(
     checkpoint: Path, policy: Policy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    slow = SlowPolicy(policy, 0.2)
+    held = HeldPolicy(policy)
 
     def one(running: Served, prompt: str) -> Any:
         with running.connect() as socket:
             socket.recv()
             return ask(socket, REQUEST | {"prompt": prompt})
 
-    with served(checkpoint, slow, Setting(max_batch=8)) as running, ThreadPoolExecutor(3) as pool:
+    with served(checkpoint, held, Setting(max_batch=8)) as running, ThreadPoolExecutor(3) as pool:
         first = pool.submit(one, running, "go")
-        while not slow.batches:
-            time.sleep(0.01)
+        held.until_asked()
         broken, fine = pool.submit(one, running, "break the model"), pool.submit(one, running, "go on")
+        running.until_in_flight(3)
+        held.go.set()
         assert broken.result() == "server: could not answer; its log says why"
         assert "actions" in fine.result()
         assert "actions" in first.result()
@@ -125,46 +121,56 @@ def test_a_question_that_breaks_the_model_takes_no_other_with_it(
 
 
 def test_who_leaves_is_not_asked_for(checkpoint: Path, policy: Policy) -> None:
-    slow = SlowPolicy(policy, 0.3)
-    with served(checkpoint, slow) as running, running.connect() as patient:
+    held = HeldPolicy(policy)
+    with served(checkpoint, held) as running, running.connect() as patient:
         patient.recv()
         patient.send(pack(REQUEST))
+        held.until_asked()
         with running.connect() as hasty:
             hasty.recv()
             hasty.send(pack(REQUEST | {"prompt": "forget this"}))
-            time.sleep(0.05)
+            running.until_in_flight(2)
+        running.until_in_flight(1)
+        held.go.set()
         assert "actions" in decoded(patient.recv())
         assert "actions" in ask(patient, REQUEST)
-    assert not any("forget" in text for batch in slow.batches for text in batch)
+    assert not any("forget" in text for batch in held.batches for text in batch)
 
 
 def test_who_hangs_up_over_http_is_not_asked_for(checkpoint: Path, policy: Policy) -> None:
-    slow = SlowPolicy(policy, 0.3)
+    held = HeldPolicy(policy)
     body = {"image": json.loads(json_numpy.dumps(FRAME)), "prompt": "forget this", "unnorm_key": "viola"}
     text = json.dumps(body).encode()
     head = f"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: {len(text)}\r\n\r\n".encode()
-    with served(checkpoint, slow) as running, running.connect() as patient:
+    with served(checkpoint, held) as running, running.connect() as patient:
         patient.recv()
         patient.send(pack(REQUEST))
+        held.until_asked()
         for _ in range(5):
             with sockets.create_connection(("127.0.0.1", running.port)) as hasty:
                 hasty.sendall(head + text)
-                time.sleep(0.05)
+                running.until_in_flight(2)
+            running.until_in_flight(1)
+        held.go.set()
         assert "actions" in decoded(patient.recv())
         assert "actions" in ask(patient, REQUEST)
-    assert not any("forget" in text for batch in slow.batches for text in batch)
+    assert not any("forget" in text for batch in held.batches for text in batch)
 
 
 def test_to_ask_on_and_on_without_waiting_ends_the_connection(checkpoint: Path, policy: Policy) -> None:
-    with served(checkpoint, SlowPolicy(policy, 0.3)) as running:
+    held = HeldPolicy(policy)
+    with served(checkpoint, held) as running:
         with running.connect() as socket:
             socket.recv()
             for _ in range(2):  # one too early is answered in its turn
                 socket.send(pack(REQUEST))
+            held.go.set()
             assert "actions" in decoded(socket.recv())
             assert "actions" in decoded(socket.recv())
+            held.go.clear()
             for _ in range(3):
                 socket.send(pack(REQUEST))
             with pytest.raises(ConnectionClosedError, match=r"1008.*wait for an answer"):
                 deque(socket, maxlen=0)
+            held.go.set()
         assert running.server.tally.errors == {"order": 1}

@@ -74,16 +74,23 @@ class Door:
         """`turned_away` is called for each connection above `limit`."""
         self._server, self._limit, self._turned_away = server, limit, turned_away
         self._silent: dict[asyncio.BaseProtocol, asyncio.TimerHandle] = {}
+        self._arriving = 0
 
     def __call__(self) -> asyncio.BaseProtocol:
         """For the event loop's create_server."""
-        if len(self._server.connections) >= self._limit:
+        if len(self._server.connections) + self._arriving >= self._limit:
             self._turned_away()
             return _Full()
         protocol = self._server()
         loop = asyncio.get_running_loop()
+        # The server counts a connection a round of the loop later; many may come in one.
+        self._arriving += 1
+        loop.call_soon(self._arrived)
         self._silent[protocol] = loop.call_later(_FIRST_REQUEST_S, self._close, protocol)
         return protocol
+
+    def _arrived(self) -> None:
+        self._arriving -= 1
 
     def has_asked(self, request: web.BaseRequest) -> None:
         """A whole head of a request came."""

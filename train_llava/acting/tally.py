@@ -57,6 +57,7 @@ class Tally:
         self.errors: Counter[Kind] = Counter()
         self.clamped: Counter[str] = Counter()
         self.connections = 0  # open now
+        self.in_flight = 0  # requests whose answer is still to come
         self.batches = Histogram(_BATCHES)
         self._phases = {phase: Histogram(_SECONDS) for phase in PHASES}
         self._totals: deque[float] = deque(maxlen=_KEPT)
@@ -98,6 +99,8 @@ class Tally:
             yield f'oxe_mix_clamped_values_total{{rule="{rule}"}} {number}'
         yield from _head("connections", "gauge", "Websockets that are open.")
         yield f"oxe_mix_connections {self.connections}"
+        yield from _head("in_flight", "gauge", "Requests that wait for the model's answer.")
+        yield f"oxe_mix_in_flight {self.in_flight}"
         yield from _head("phase_seconds", "histogram", "Time that answers took, by phase.")
         for phase, histogram in self._phases.items():
             yield from histogram.lines("oxe_mix_phase_seconds", f'phase="{phase}"')

@@ -61,7 +61,11 @@ class Turns:
         waiting = _Waiting(question, loop.create_future())
         self._waiting.append(waiting)
         self._arrived.set()
-        answered = await waiting.answered
+        self._tally.in_flight += 1
+        try:
+            answered = await waiting.answered
+        finally:
+            self._tally.in_flight -= 1
         return answered.answer, (answered.begun - start) * 1000 - question.preprocess_ms
 
     async def close(self) -> None:
