@@ -8,6 +8,7 @@ is not there.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -26,7 +27,11 @@ _PACKAGES = ("torch", "transformers", "deepspeed", "numpy")
 
 def main() -> None:
     """Train what is not there, compare, and record."""
-    seed, chunk = [*sys.argv[1:], *("0", "1")[len(sys.argv) - 1 :]]
+    parser = argparse.ArgumentParser(description="The demo from one pass and token by token.")
+    parser.add_argument("seed", nargs="?", default="0")
+    parser.add_argument("chunk", nargs="?", default="1", help="actions per answer")
+    args = parser.parse_args()
+    seed, chunk = args.seed, args.chunk
     config = yaml.safe_load(_CONFIG.read_text())
     config["train"]["parallel_action_slots"] = True
     file = _BENCH / "parallel.yaml"

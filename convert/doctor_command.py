@@ -17,8 +17,7 @@ from convert.doctor_mends import CARD, Place
 from convert.doctor_rlds import Sampling, summarize_rlds
 from convert.doctor_summary import DatasetSummary
 from convert.finish import CARDS
-from convert.plan import DataFolder, DatasetOnDisk, find_datasets, open_folders, own_specs
-from convert.prompt import CAMERA_ROLES, Asking
+from convert.plan import DataFolder, DatasetOnDisk, find_each, open_folders
 from oxe_mix.cards import Cards, load_cards
 from oxe_mix.doctor_machine import machine_verdicts
 from oxe_mix.errors import UserError
@@ -32,7 +31,6 @@ from oxe_mix.verdicts import as_json as verdicts_as_json
 _DEFAULT_MIX = Path("default.yaml")
 _DEFAULT_DATA = Path("data")
 _WROTE = "download, pack or convert"
-_EVERYTHING = Asking(cameras=CAMERA_ROLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,26 +133,16 @@ def _watched(options: DoctorOptions, totals: list[int], done: list[None]) -> Any
 
 def _datasets(opened: DataFolder, cards: Cards, place: Place) -> tuple[list[DatasetOnDisk], list[Verdict]]:
     """The datasets that can be looked at, and a verdict on each that cannot."""
-    names = list(dict.fromkeys(spec.name for spec in own_specs([opened], cards)))
-    datasets, verdicts = list[DatasetOnDisk](), list[Verdict]()
-    for name in names:
-        try:
-            datasets += find_datasets([opened], None, cards, (name,), _EVERYTHING)
-        except UserError as error:  # of this dataset: its card, its metadata; the others are looked at
-            mend = place.fill(f"what its card asks for: {CARD}", name)
-            verdicts.append(Verdict("error", name, "layout", str(error), mend=mend))
-    for info in sorted(opened.path.glob(f"*/*/{INFO_FILE}")):
-        name = info.parts[-3]
-        if cards.find(name) is None:
-            text = "has no card, so convert leaves it out"
-            mend = "write one (docs/add-a-robot.md), and give its folder as --cards"
-            verdicts.append(
-                Verdict(
-                    "warning",
-                    name,
-                    "card",
-                    text,
-                    mend="write one (docs/add-a-robot.md), and give its folder as --cards",
-                )
-            )
+    datasets, wrong = find_each(opened, cards)
+    verdicts = [
+        Verdict("error", name, "layout", str(error), mend=place.fill(f"what its card asks for: {CARD}", name))
+        for name, error in wrong.items()
+    ]
+    mend = "write one (docs/add-a-robot.md), and give its folder as --cards"
+    names = [info.parts[-3] for info in sorted(opened.path.glob(f"*/*/{INFO_FILE}"))]
+    verdicts += [
+        Verdict("warning", name, "card", "has no card, so convert leaves it out", mend=mend)
+        for name in names
+        if cards.find(name) is None
+    ]
     return datasets, verdicts

@@ -7,7 +7,7 @@ from typing import Literal
 
 from oxe_mix.cards import Cards
 from oxe_mix.errors import UserError
-from oxe_mix.lock import LOCK_FILE
+from oxe_mix.lock import LOCK_FILE, holds_rlds
 from oxe_mix.rlds import INFO_FILE
 
 Kind = Literal["machine", "data", "llava"]
@@ -31,7 +31,7 @@ def refuse_strangers(folder: Path, cards: Cards) -> None:
 
 def refuse_other_depths(folder: Path) -> None:
     """Raises: UserError for the folder of one dataset, or of its versions, and for one without any."""
-    if (folder / LOCK_FILE).exists() or any(folder.glob(f"*/*/{INFO_FILE}")):
+    if holds_rlds(folder):
         return
     for depth, above in (
         (INFO_FILE, folder.absolute().parent.parent),

@@ -13,8 +13,9 @@ from convert.doctor_summary import DatasetSummary, Outcome
 from oxe_mix.cards import Card
 
 # Smallest and largest reach (1 % to 99 %) of a movement. A step of 1 m or rad at 3 Hz, the slowest arm of the
-# cards, is faster than a Franka goes (1.7 m/s, 2.5 rad/s); controllers that take -1 to 1 stay within. Arms
-# repeat a position to 0.1 mm, which at the end of 1 m is 1e-4 rad: below, they do not move.
+# cards, is faster than a Franka Panda goes (1.7 m/s, 2.5 rad/s: Franka's FCI documentation); controllers that
+# take -1 to 1 stay within. Arms repeat a position to 0.1 mm, which at the end of 1 m is 1e-4 rad: below, they
+# do not move.
 _DELTA = {"m": (1e-4, 1.0), "rad": (1e-4, 1.0)}
 # No arm of the cards reaches 10 m, and an angle comes round again.
 _POSE = {"m": (0.0, 10.0), "rad": (0.0, 2 * math.pi)}

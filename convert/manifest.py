@@ -14,8 +14,7 @@ from convert.prompt import CameraRole
 from oxe_mix.cards import Recipe
 from oxe_mix.errors import UserError
 from oxe_mix.files import read_model, write_json
-from oxe_mix.lock import LOCK_FILE
-from oxe_mix.rlds import INFO_FILE
+from oxe_mix.lock import holds_rlds
 from oxe_mix.tfrecord import Damage, Record
 
 MANIFEST_FILE = "manifest.json"
@@ -146,8 +145,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give one that oxe-mix convert wrote")
     if not file.exists():
-        holds_rlds = (folder / LOCK_FILE).exists() or any(folder.glob(f"*/*/{INFO_FILE}"))
-        mend = f"--data {folder} --out llava" if holds_rlds else f"--out {folder}"
+        mend = f"--data {folder} --out llava" if holds_rlds(folder) else f"--out {folder}"
         raise UserError(
             f"{folder}: no {MANIFEST_FILE}, so no finished conversion; run oxe-mix convert {mend}"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert.episodes import cameras_of
 from convert.options import Rules
-from convert.prompt import Asking, CameraRole
+from convert.prompt import CAMERA_ROLES, Asking, CameraRole
 from convert.samples import Camera
 from convert.shards import ShardJob
 from oxe_mix.card_check import check_fits
@@ -104,6 +104,21 @@ def find_datasets(
     return [
         _read(places[name][0], [spec for spec in specs if spec.name == name], cards, asking) for name in names
     ]
+
+
+def find_each(folder: DataFolder, cards: Cards) -> tuple[list[DatasetOnDisk], dict[str, UserError]]:
+    """The datasets that a folder asks for itself, with all their cameras, and what is wrong with each that
+    cannot be opened: its card, or its metadata.
+
+    Raises: UserError when it asks for none.
+    """
+    found, wrong = list[DatasetOnDisk](), dict[str, UserError]()
+    for name in dict.fromkeys(spec.name for spec in own_specs([folder], cards)):
+        try:
+            found += find_datasets([folder], None, cards, (name,), Asking(cameras=CAMERA_ROLES))
+        except UserError as error:
+            wrong[name] = error
+    return found, wrong
 
 
 def own_specs(folders: list[DataFolder], cards: Cards) -> list[DatasetSpec]:

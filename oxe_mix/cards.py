@@ -245,9 +245,7 @@ class Cards:
 
 
 def load_cards(extra: Path | None = None) -> Cards:
-    """Read the shipped cards and those in the folder `extra`, which win over shipped ones of the same
-    name.
-    """
+    """The shipped cards and those in the folder `extra`, which win over shipped ones of the same name."""
     files = sorted(SHIPPED.glob("*.yaml"))
     if extra is not None:
         if not extra.is_dir():

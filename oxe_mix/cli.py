@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from oxe_mix.cli_acting import app as acting_app
 from oxe_mix.cli_models import app as models_app
 from oxe_mix.cli_report import app as report_app
-from oxe_mix.completion import dataset_names, mix_names, one_of
+from oxe_mix.completion import choice, dataset_names, mix_names
 from oxe_mix.run_app import run_app
 
 app = typer.Typer(
@@ -28,10 +28,8 @@ app.add_typer(models_app)
 app.add_typer(acting_app)
 app.add_typer(report_app)
 
-Mix = Annotated[
-    Path,
-    typer.Option(help="Mix file; a bare name is looked up in mixtures/.", autocompletion=mix_names),
-]
+_MIX: Any = {"help": "Mix file; a bare name is looked up in mixtures/.", "autocompletion": mix_names}
+Mix = Annotated[Path, typer.Option(**_MIX)]
 CardsFolder = Annotated[Path | None, typer.Option("--cards", help="Folder with your own dataset cards.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Workers = Annotated[
@@ -117,14 +115,12 @@ def convert(
     val_fraction: Annotated[float, typer.Option(help="Share of the episodes to hold out, in [0, 1).")] = 0.0,
     statistics: Annotated[
         str,
-        typer.Option(
-            help="Scale actions by the steps of all episodes, or of train only.",
-            autocompletion=one_of("all", "train"),
+        choice(
+            "convert.options:StatisticsOf", "Scale actions by the steps of all episodes, or of train only."
         ),
     ] = "all",
     layout: Annotated[
-        str,
-        typer.Option(help="Frames as files, or in one tar per shard.", autocompletion=one_of("files", "tar")),
+        str, choice("convert.frames:Layout", "Frames as files, or in one tar per shard.")
     ] = "files",
     array: Annotated[bool, typer.Option("--json", help="All samples as one .json array, too.")] = False,
     images: Annotated[str, typer.Option(help="keep the bytes, or jpeg:Q to turn PNG into JPEG.")] = "keep",
@@ -138,8 +134,7 @@ def convert(
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="Other words around {instruction}.")] = None,
     binning: Annotated[
-        str,
-        typer.Option(help="uniform256, or openvla255.", autocompletion=one_of("uniform256", "openvla255")),
+        str, choice("convert.action_codec:Binning", "uniform256, or openvla255.")
     ] = "uniform256",
     chunk: Annotated[int, typer.Option(min=1, max=256, help="Actions per answer.")] = 1,
     chunk_end: Annotated[
@@ -151,8 +146,7 @@ def convert(
         bool, typer.Option("--drop-idle", help="Leave out steps whose tokens say not to move.")
     ] = False,
     on_bad_record: Annotated[
-        str,
-        typer.Option(help="stop at a broken record, or skip it.", autocompletion=one_of("stop", "skip")),
+        str, choice("convert.options:OnBadRecord", "stop at a broken record, or skip it.")
     ] = "stop",
     max_bad: Annotated[int, typer.Option(min=0, help="Broken records to skip at most.")] = 10,
     cards: CardsFolder = None,
@@ -265,10 +259,7 @@ def datasets(
 
 @mix_app.command()
 def check(
-    mix: Annotated[
-        Path,
-        typer.Argument(help="Mix file; a bare name is looked up in mixtures/.", autocompletion=mix_names),
-    ],
+    mix: Annotated[Path, typer.Argument(**_MIX)],
     as_json: AsJson = False,
     cards: CardsFolder = None,
 ) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from oxe_mix.errors import UserError
+
 app = typer.Typer()
 
 # The kinds of folder that read an option; what is not named here is for all of them.
@@ -56,7 +58,7 @@ def report(
     kind = kind_of(folder)
     given = _refuse_unused(context, _REPORT, kind, KINDS)
     if data is None and given & {"samples", "device"}:
-        _refuse("--samples and --device are for what the model says; give --data, too")
+        raise UserError("--samples and --device are for what the model says; give --data, too")
     if kind == "data":
         refuse_strangers(folder, load_cards(cards))
     options = ReportOptions(folder, out, data, episodes, samples, seed, cards, device, opens)
@@ -85,7 +87,7 @@ def doctor(
 
     given = _refuse_unused(context, _DOCTOR, kind_of(folder), KINDS)
     if every and "episodes" in given:
-        _refuse("--episodes and --all: give one of the two")
+        raise UserError("--episodes and --all: give one of the two")
     options = DoctorOptions(folder, episodes, every, seed, cards, offline, as_json, all_checks)
     raise typer.Exit(run_doctor(options))
 
@@ -103,11 +105,5 @@ def _refuse_unused(
         of = readers.get(option.name or "", (kind,))
         if kind not in of:
             wanted = " or ".join(kinds[one] for one in of)
-            _refuse(f"{option.opts[0]}: not used for {kinds[kind]}, only for: {wanted}")
+            raise UserError(f"{option.opts[0]}: not used for {kinds[kind]}, only for: {wanted}")
     return given
-
-
-def _refuse(problem: str) -> None:
-    from oxe_mix.errors import UserError
-
-    raise UserError(problem)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import Any, get_args
+
+import typer
 
 _HERE = Path(__file__).parent
 
@@ -18,13 +21,15 @@ def dataset_names(incomplete: str) -> list[str]:
     return _names(_HERE / "cards", incomplete, "")
 
 
-def one_of(*words: str) -> Callable[[str], list[str]]:
-    """Those of some words that begin so."""
+def choice(kind: str, help_text: str) -> Any:
+    """An option whose words are those of a Literal, `MODULE:NAME`, imported only when a shell asks."""
 
-    def begin(incomplete: str) -> list[str]:
-        return [word for word in words if word.startswith(incomplete)]
+    def words(incomplete: str) -> list[str]:
+        module, _, name = kind.partition(":")
+        known = get_args(getattr(import_module(module), name))
+        return [word for word in known if word.startswith(incomplete)]
 
-    return begin
+    return typer.Option(help=help_text, autocompletion=words)
 
 
 def _names(folder: Path, incomplete: str, ending: str) -> list[str]:

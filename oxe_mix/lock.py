@@ -13,8 +13,14 @@ from oxe_mix.errors import UserError
 from oxe_mix.files import json_bytes, parse_model, read_model
 from oxe_mix.mix import DatasetSpec, Mix
 from oxe_mix.mods import Mod
+from oxe_mix.rlds import INFO_FILE
 
 LOCK_FILE = "oxe-mix.lock.json"
+
+
+def holds_rlds(folder: Path) -> bool:
+    """Whether a folder is one of datasets, downloaded by us or not: NAME/VERSION, or a lock."""
+    return (folder / LOCK_FILE).exists() or any(folder.glob(f"*/*/{INFO_FILE}"))
 
 
 class _Model(BaseModel):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from oxe_mix.cards import Cards, load_cards
+from tests.report_pages import Page, report
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -113,3 +114,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def of_llava(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The report of the converted folder."""
+    return report(llava, tmp_path_factory.mktemp("report") / "llava.html")
+
+
+@pytest.fixture(scope="session")
+def of_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The report of the download."""
+    return report(data, tmp_path_factory.mktemp("report") / "data.html")

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 from PIL import Image
 
-from oxe_mix.cli import app
 from tests.check_links import broken
+from tests.command_lines import parse
 from tests.conftest import OXE_MIX, PYTHON, ROOT, run
 
 DOCS = ROOT / "docs"
@@ -101,20 +100,10 @@ def _commands(page: Path) -> list[list[str]]:
     return [shlex.split(one[1], comments=True) for one in found if one]
 
 
-def _parse(words: list[str]) -> None:
-    """Read a command's options as the command does, and run nothing. Raises: UsageError."""
-    command: Any = typer.main.get_command(app)
-    parent = None
-    while hasattr(command, "resolve_command"):
-        parent = typer.Context(command, parent, info_name=command.name)
-        _, command, words = command.resolve_command(parent, words)
-    command.make_context(command.name, words, parent)
-
-
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
 def test_each_command_of_a_page_has_the_options_that_it_names(page: Path) -> None:
     for words in _commands(page):
-        _parse(words)
+        parse(words)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +117,7 @@ def test_each_command_of_a_page_has_the_options_that_it_names(page: Path) -> Non
 def test_a_command_or_an_option_that_is_not_there_would_be_found(words: list[str], said: str) -> None:
     assert len(_commands(DOCS / "scale.md")) == 4
     with pytest.raises(Exception, match=said):
-        _parse(words)
+        parse(words)
 
 
 def test_the_words_of_the_glossary_are_in_order_and_each_once() -> None:

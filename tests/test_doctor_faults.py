@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 
 from convert.doctor_command import DoctorOptions, run_doctor
-from oxe_mix.cli import app
+from tests.command_lines import parse
 from tests.recorded_episodes import EPISODES, STEPS, Plant, Recording, clean, jpeg, picture, write
 
 Said = dict[str, dict[str, Any]]
@@ -316,12 +315,7 @@ def parse_commands(mend: str) -> int:
     """Read the options of each command of a mend as the command does, and run nothing; returns how many."""
     commands = re.findall(r"oxe-mix ([^;]+)", mend)
     for typed in commands:
-        command: Any = typer.main.get_command(app)
-        parent, words = None, shlex.split(typed)
-        while hasattr(command, "resolve_command"):
-            parent = typer.Context(command, parent, info_name=command.name)
-            _, command, words = command.resolve_command(parent, words)
-        command.make_context(command.name, words, parent)
+        parse(shlex.split(typed))
     return len(commands)
 
 

@@ -265,6 +265,28 @@ def test_the_validator_stands_between_answer_and_robot_across_chunks(
     assert {one.rule for one in held.clamped} == {"jump"}
 
 
+def test_the_command_replays_under_limits_and_in_the_form_that_is_served(
+    chunked_run: Path, chunked: Path, tmp_path: Path
+) -> None:
+    free = ReplayOptions(
+        chunked_run,
+        chunked,
+        episode_of(chunked, "bridge_orig", "train"),
+        part="train",
+        out=tmp_path,
+        loading=Loading(device="cpu", dtype="bf16"),
+    )
+    document = document_of(free)
+    assert document["asked"]["loading"]["dtype"] == "bf16"
+    high = max(step["sent"][0] for step in document["steps"]) - 0.001
+    limits = tmp_path / "limits.yaml"
+    limits.write_text(f"default: {{high: [{high}, null, null, null, null, null, null]}}\n")
+    held = replace(free, limits=limits)
+    assert max(step["sent"][0] for step in document_of(held)["steps"]) == pytest.approx(high)
+    with pytest.raises(UserError, match=r"\(range\); nothing is sent"):
+        document_of(replace(held, on_violation="reject"))
+
+
 def test_another_datasets_statistics_can_stand_in(
     run_folder: Path, llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

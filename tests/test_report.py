@@ -36,16 +36,6 @@ from train_llava.report.sampling import drawn_episodes
 EVIL = "</script><img src=x onerror=alert(1)>"
 
 
-@pytest.fixture(scope="module")
-def of_llava(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return report(llava, tmp_path_factory.mktemp("report") / "llava.html")
-
-
-@pytest.fixture(scope="module")
-def of_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return report(data, tmp_path_factory.mktemp("report") / "data.html")
-
-
 def _bins(line: dict[str, Any]) -> list[int]:
     return [int(bin_) for bin_ in re.findall(r"<ACTION_(\d+)>", line["conversations"][1]["value"])]
 

@@ -31,16 +31,6 @@ _BINS = re.compile(r"<ACTION_(\d+)>")
 _NAMES = ("kuka", "bridge_orig", "viola")
 
 
-@pytest.fixture(scope="module")
-def of_llava(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return report(llava, tmp_path_factory.mktemp("report") / "llava.html")
-
-
-@pytest.fixture(scope="module")
-def of_data(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Page:
-    return report(data, tmp_path_factory.mktemp("report") / "data.html")
-
-
 def _bins_by_episode(llava: Path, name: str) -> dict[str, NDArray[np.int64]]:
     found: dict[str, list[list[int]]] = {}
     for line in lines_of(llava, name=name):

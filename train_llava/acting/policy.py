@@ -83,7 +83,7 @@ class Policy:
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """Whose images an observation must have, in the model's order."""
+        """Whose images an observation may have, in the model's order; a dataset can have fewer."""
         return self.codec.asking.cameras
 
     @property

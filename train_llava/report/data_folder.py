@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from convert.plan import DataFolder, DatasetOnDisk, find_datasets, open_folders, own_specs
-from convert.prompt import CAMERA_ROLES, Asking
+from convert.plan import DataFolder, DatasetOnDisk, find_each, open_folders
 from oxe_mix.cards import Cards, load_cards
 from oxe_mix.errors import UserError
 from oxe_mix.lock import Lock, LockedSplit
@@ -14,8 +13,6 @@ from oxe_mix.rlds import INFO_FILE
 from oxe_mix.text import size
 from train_llava.report.sampling import MOST_EPISODES
 from train_llava.report.values import DatasetPage, Overview, Row
-
-_EVERYTHING = Asking(cameras=CAMERA_ROLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +55,11 @@ def open_downloaded(path: Path, cards_folder: Path | None, seed: int) -> Downloa
 
 def _datasets(folder: DataFolder, cards: Cards) -> tuple[list[DatasetOnDisk], dict[str, UserError]]:
     """Those that can be read, and what is wrong with each other one."""
-    found, wrong = list[DatasetOnDisk](), dict[str, UserError]()
-    for name in dict.fromkeys(spec.name for spec in own_specs([folder], cards)):
-        try:
-            [own] = find_datasets([folder], None, cards, (name,), _EVERYTHING)
-        except UserError as error:
-            wrong[name] = error
-            continue
-        found.append(own if folder.lock else replace(own, splits=_splits_there(own)))
+    found, wrong = find_each(folder, cards)
     if not found:
         raise next(iter(wrong.values()))
+    if folder.lock is None:
+        found = [replace(own, splits=_splits_there(own)) for own in found]
     return found, wrong
 
 

@@ -8,7 +8,7 @@ from convert.action_codec import CODEC_FILE
 from convert.llava import CONVERSATIONS
 from convert.manifest import MANIFEST_FILE
 from oxe_mix.errors import UserError
-from oxe_mix.lock import LOCK_FILE
+from oxe_mix.lock import holds_rlds
 from oxe_mix.rlds import INFO_FILE
 from train_llava.config import METRICS_FILE
 from train_llava.report.page import Kind
@@ -24,7 +24,7 @@ def kind_of(folder: Path) -> Kind:
         return "llava"
     if any((folder / name).exists() for name in (METRICS_FILE, _EVALUATION_FILE)):
         return "run"
-    if (folder / LOCK_FILE).exists() or any(folder.glob(f"*/*/{INFO_FILE}")):
+    if holds_rlds(folder):
         return "data"
     raise UserError(f"{folder}: {_perhaps(folder)}")
 
