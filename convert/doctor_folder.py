@@ -29,17 +29,23 @@ def refuse_strangers(folder: Path, cards: Cards) -> None:
         )
 
 
+def of_one_dataset(folder: Path) -> str:
+    """Of the folder of one dataset, or of its versions: what it is and which folder to give; else nothing."""
+    for files, above in (
+        (INFO_FILE, folder.absolute().parent.parent),
+        (f"*/{INFO_FILE}", folder.absolute().parent),
+    ):
+        if any(folder.glob(files)):
+            return f"is one dataset; give the folder of datasets: {above}"
+    return ""
+
+
 def refuse_other_depths(folder: Path) -> None:
     """Raises: UserError for the folder of one dataset, or of its versions, and for one without any."""
     if holds_rlds(folder):
         return
-    for depth, above in (
-        (INFO_FILE, folder.absolute().parent.parent),
-        (f"*/{INFO_FILE}", folder.absolute().parent),
-    ):
-        if any(folder.glob(depth)):
-            raise UserError(f"{folder}: is one dataset; give the folder of datasets: {above}")
-    raise UserError(
-        f"{folder}: neither RLDS datasets (NAME/VERSION/{INFO_FILE}) nor conversations (manifest.json); "
+    problem = of_one_dataset(folder) or (
+        f"neither RLDS datasets (NAME/VERSION/{INFO_FILE}) nor conversations (manifest.json); "
         "give a folder that download, pack or convert wrote"
     )
+    raise UserError(f"{folder}: {problem}")

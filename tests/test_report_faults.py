@@ -34,7 +34,7 @@ def test_an_episode_that_the_recipe_refuses_is_named_and_the_others_are_shown(
         ("nothing", "no such folder"),
         ("empty", "holds nothing that download, convert or make train wrote"),
         ("unfinished", "the conversion is not finished"),
-        ("dataset", "the one two above"),
+        ("dataset", r"is one dataset; give the folder of datasets: .*/data$"),
         ("out", "is a folder; name a file"),
         ("data", "--data is for the report of a run"),
     ],

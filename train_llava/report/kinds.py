@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from convert.action_codec import CODEC_FILE
+from convert.doctor_folder import of_one_dataset
 from convert.llava import CONVERSATIONS
 from convert.manifest import MANIFEST_FILE
 from oxe_mix.errors import UserError
 from oxe_mix.lock import holds_rlds
-from oxe_mix.rlds import INFO_FILE
 from train_llava.config import METRICS_FILE
 from train_llava.report.page import Kind
 
@@ -34,8 +34,4 @@ def _perhaps(folder: Path) -> str:
         return f"no {MANIFEST_FILE}, so the conversion is not finished; run oxe-mix convert again"
     if (folder / CODEC_FILE).exists():
         return f"a checkpoint without {METRICS_FILE} and {_EVALUATION_FILE}; give the run's own folder"
-    if (folder / INFO_FILE).exists():
-        return "the folder of one dataset; give the one two above, which holds NAME/VERSION"
-    if any(folder.glob(f"*/{INFO_FILE}")):
-        return "the folder of one dataset; give the one above, which holds NAME/VERSION"
-    return "holds nothing that download, convert or make train wrote"
+    return of_one_dataset(folder) or "holds nothing that download, convert or make train wrote"
