@@ -16,7 +16,7 @@ import yaml
 from oxe_mix.cards import load_cards
 from oxe_mix.mix import load_mix
 from oxe_mix.mix_check import check_mix
-from tests.conftest import PYTHON, ROOT, run
+from tests.conftest import OXE_MIX, PYTHON, ROOT, run
 
 README = (ROOT / "README.md").read_text()
 
@@ -151,6 +151,8 @@ def test_the_demo_runs_all_stages_and_ends_with_its_table(tiny_config: Path, tmp
         assert row in table
     total, parts = re.findall(r"steps in = written \+ held out \+ dropped\s+([\d,]+) = ([\d, +]+)", table)[0]
     assert int(total.replace(",", "")) == sum(int(part.replace(",", "")) for part in parts.split(" + "))
+    look = re.findall(r"^next: oxe-mix (report .*?) --open to look at it", table, re.MULTILINE)[0]
+    assert "report.html" in run(OXE_MIX, *look.split()).stdout
 
 
 def test_setting_up_again_does_nothing() -> None:

@@ -154,6 +154,8 @@ def main() -> None:
         raise SystemExit(error.returncode) from error
     minutes = (time.monotonic() - start) / 60
     say(f"\nresult: {args.out}, {minutes:.1f} min")
+    run, llava = args.out / "run", args.out / "llava"
+    say(f"next: oxe-mix report {run} --data {llava} --open to look at it, oxe-mix serve --checkpoint {run}")
 
 
 if __name__ == "__main__":
