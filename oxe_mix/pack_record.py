@@ -14,6 +14,7 @@ from oxe_mix.pack_csv import Columns
 from oxe_mix.pack_frames import FrameFormat
 from oxe_mix.pack_source import Recording
 from oxe_mix.rlds import Key
+from oxe_mix.tf_example import Example
 
 _METADATA, _FILE_PATH = "episode_metadata", "file_path"
 
@@ -64,9 +65,7 @@ def record(recording: Recording, frames: Mapping[str, list[bytes]], name: str, l
         name: of the episode, kept as `episode_metadata/file_path`.
         language: the key of the instruction.
     """
-    from tensorflow_datasets.core.example_parser import tf_example_pb2
-
-    example = tf_example_pb2.Example()
+    example = Example()
     column, num_steps = example.features.feature, recording.steps.num_steps
     column[f"{_METADATA}/{_FILE_PATH}"].bytes_list.value.append(name.encode(errors="replace"))
     for key, vector in recording.steps.vectors.items():

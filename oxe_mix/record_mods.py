@@ -14,6 +14,7 @@ from oxe_mix.errors import UserError
 from oxe_mix.images import FrameChange, reencode, shrunk
 from oxe_mix.mods import FLIPS, FlipChannels, Mod, Resize
 from oxe_mix.rlds import Feature, FeatureTree, Key
+from oxe_mix.tf_example import Example
 
 _SUCCESS: tuple[Key, ...] = (("success",), ("episode_metadata", "success"))
 
@@ -47,9 +48,7 @@ class RecordMods:
 
         Raises: ValueError for a record without what a mod needs.
         """
-        from tensorflow_datasets.core.example_parser import tf_example_pb2
-
-        example = tf_example_pb2.Example.FromString(payload)
+        example = Example.FromString(payload)
         features = example.features.feature
         if self.success_column is not None:
             if self.success_column not in features:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from oxe_mix.errors import UserError
+from oxe_mix.tf_example import Example
 from oxe_mix.trees import TREES
 
 Node = dict[str, Any]
@@ -46,11 +47,9 @@ def serialize(name: str, example: Node) -> bytes:
         name: of the tree.
         example: values below the keys of the tree; frames encoded, float depth as the RGBA of its bytes.
     """
-    from tensorflow_datasets.core.example_parser import tf_example_pb2
-
     payload = _encoded_features(name).serialize_example(example)
     # Protobuf leaves the order of a map open; this fixes it.
-    fixed: bytes = tf_example_pb2.Example.FromString(payload).SerializeToString(deterministic=True)
+    fixed: bytes = Example.FromString(payload).SerializeToString(deterministic=True)
     return fixed
 
 
