@@ -10,10 +10,16 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
@@ -137,16 +143,31 @@ def decode(frame: bytes) -> NDArray[np.uint8]:
             return np.asarray(pyspng.load(frame))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"the frame cannot be decoded ({error})") from error
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(frame)) as image:
+        with opened(frame) as image:
             # Pillow would cut such values off at 255, which leaves a white frame.
             if image.mode.startswith("I"):
                 raise ValueError("it is grey with 16 bits a pixel, no colours of 8")
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+    except ValueError as error:
         raise ValueError(f"the frame cannot be decoded ({error})") from error
+
+
+@contextmanager
+def opened(encoded: bytes, formats: tuple[str, ...] | None = None) -> Iterator[ImageFile]:
+    """A picture as Pillow opens it, of some formats or of all that it knows.
+
+    Raises: ValueError, and nothing else that Pillow has for damaged data, also for what the block does.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(encoded), formats=formats) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise ValueError(f"it starts with {encoded[:8]!r}") from error
+    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _is_plain_png(frame: bytes) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from oxe_mix.errors import UserError
+from oxe_mix.images import opened
 from train_llava.augment import Augment, augment
 from train_llava.batch import BatchPlan
 from train_llava.llava_data import Conversation
@@ -175,9 +174,9 @@ class Lengths:
 
 def _size(encoded: bytes, name: str) -> Size:
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with opened(encoded) as image:
             return image.height, image.width
-    except (UnidentifiedImageError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"{name}: not an image that can be decoded ({error})") from error
 
 

@@ -4,7 +4,6 @@ acting share.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
     LlavaOnevisionImageProcessorPil,
@@ -23,6 +22,7 @@ from transformers.processing_utils import ProcessorMixin
 from convert.frames import Frame
 from convert.prompt import IMAGE
 from oxe_mix.errors import UserError
+from oxe_mix.images import opened
 
 IGNORE = -100  # the label of a token that is not supervised, as PyTorch's cross entropy has it
 _ANYRES = "anyres_max_9"
@@ -210,7 +210,7 @@ def open_frame(frame: Frame) -> Image.Image:
     """Decode a frame of a converted folder, RGB. Raises: UserError when it is missing or no image."""
     encoded = frame.read()
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with opened(encoded) as image:
             return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"{frame}: not an image that can be decoded ({error})") from error
