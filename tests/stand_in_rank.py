@@ -30,6 +30,7 @@ class Training:
 
     def _stop(self, *_: object) -> None:
         self.signals += 1
+        (self.run / f"rank-{RANK}.told").touch()
 
     def train(self) -> None:
         (self.run / f"rank-{RANK}.pid").write_text(f"{os.getpid()}\n")

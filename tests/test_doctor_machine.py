@@ -6,8 +6,9 @@ import json
 import resource
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -181,9 +182,9 @@ def test_each_fact_of_the_machine_has_its_level(said: Verdict, level: str, words
 
 
 @pytest.fixture
-def server() -> Callable[[bytes], str]:
+def server() -> Iterator[Callable[[bytes], str]]:
     """Starts a server that gives one answer, or none when that is empty; returns its address."""
-    import threading
+    silence = threading.Event()
 
     def start(answer: bytes) -> str:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -196,12 +197,13 @@ def server() -> Callable[[bytes], str]:
                     if answer:
                         connection.sendall(answer)
                     else:
-                        time.sleep(2)
+                        silence.wait(60)
 
         threading.Thread(target=serve, daemon=True).start()
         return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
-    return start
+    yield start
+    silence.set()
 
 
 def test_a_source_answers_refuses_or_is_silent(
@@ -224,21 +226,24 @@ def test_a_source_answers_refuses_or_is_silent(
     start = time.monotonic()
     silent = check_source(f"{server(b'')}/a.json", timeout_s=0.3)
     assert silent.level == "warning"
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 30
 
 
 def test_a_resolver_that_hangs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """No timeout of a socket covers the name of a host."""
 
+    late = threading.Event()
+
     def hang(*_: object) -> None:
-        time.sleep(2)
+        late.wait(60)
         raise OSError("too late")
 
     monkeypatch.setattr("oxe_mix.doctor_machine.open_range", hang)
     start = time.monotonic()
     said = check_source("https://somewhere.example/a.json", timeout_s=0.2)
     assert said.text == "https://somewhere.example: no answer within 0.2 s"
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 30
+    late.set()
 
 
 def test_the_command_looks_at_everything_and_says_what_comes_next(

@@ -251,14 +251,14 @@ def test_ranks_that_take_too_long_to_save_are_ended(running: dict[str, Running])
 
 def test_the_second_ctrl_c_ends_at_once(running: dict[str, Running]) -> None:
     training = running["at once"]
-    for _ in range(2):
-        os.killpg(training.process.pid, signal.SIGINT)
-        time.sleep(0.5)
+    os.killpg(training.process.pid, signal.SIGINT)
+    until(lambda: len(list(training.run.glob("rank-*.told"))) == 2)
+    os.killpg(training.process.pid, signal.SIGINT)
     assert (
         ended(training.process, 130)[1]
         == "error: stopped, and nothing was saved; no checkpoint was written yet\n"
     )
-    until(lambda: not processes(training.run), 5)
+    until(lambda: not processes(training.run))
 
 
 def test_the_rank_that_died_first_is_the_one_that_is_named() -> None:

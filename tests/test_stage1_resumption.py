@@ -208,7 +208,7 @@ def test_the_workers_of_a_killed_command_end_and_the_next_one_goes_on(source: Pa
                 time.sleep(0.05)
             first.send_signal(getattr(signal, name))
             # Not collected yet: what ends the workers must see that a zombie is gone.
-            until = time.monotonic() + 5
+            until = time.monotonic() + 60
             while (alive := set(_with_mark(mark)) - {first.pid}) and time.monotonic() < until:
                 time.sleep(0.1)
             for pid in alive:
