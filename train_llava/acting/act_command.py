@@ -20,7 +20,7 @@ from oxe_mix.files import atomic_write, parse_model, prove_writable
 from oxe_mix.text import count, say
 from train_llava.acting.load import Loading, codec_of, load_policy
 from train_llava.acting.observation import Observation, ObservationError
-from train_llava.acting.pictures import Picture, pictures
+from train_llava.acting.pictures import Picture, pictures, read_picture
 from train_llava.acting.validator import ActionValidator, OnViolation, validator_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def run_act(options: ActOptions) -> int:
         while batch:
             for record in _answers(policy, validator, batch):
                 totals.append(record["latency_ms"]["total"])
-                yield json.dumps(record)
+                yield json.dumps(record, allow_nan=False)
             batch = list(islice(asked, options.batch))
 
     if out is None:
@@ -202,7 +202,7 @@ def _cameras(codec: ActionCodec, key: str | None) -> tuple[str, ...]:
 
 def _of_requests(file: Path, options: ActOptions, codec: ActionCodec) -> Iterator[_Asked]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # JSON's strings may hold other ends of lines
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -217,7 +217,7 @@ def _of_requests(file: Path, options: ActOptions, codec: ActionCodec) -> Iterato
         paths = request.images or ({cameras[0]: request.image} if request.image else {})
         images = {}
         for camera, path in paths.items():
-            images[camera] = next(pictures(file.parent / path)).rgb
+            images[camera] = read_picture(file.parent / path).rgb
         yield _Asked(
             f"{file}:{number}",
             Observation(

@@ -38,7 +38,7 @@ class Connection:
                 await answering
 
     async def stop(self) -> None:
-        """Answer what has come, take no more, and close."""
+        """Answer what has come, and close."""
         self._is_stopping = True
         if not self._pending:
             await self._go_away()
@@ -48,8 +48,6 @@ class Connection:
         while True:
             message = await self._socket.receive()
             if message.type in (WSMsgType.BINARY, WSMsgType.TEXT):
-                if self._is_stopping:
-                    continue
                 if self._pending == _MAX_PENDING:
                     errors["order"] += 1
                     await self._socket.close(

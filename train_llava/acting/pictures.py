@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -34,14 +35,15 @@ def pictures(path: Path, stride: int = 1) -> Iterator[Picture]:
         files = sorted((f for f in path.iterdir() if f.suffix.lower() in _PICTURES), key=_by_numbers)
         if not files:
             raise UserError(f"{path}: no picture in this folder ({', '.join(sorted(_PICTURES))})")
-        yield from (_picture(file) for file in files[::stride])
+        yield from (read_picture(file) for file in files[::stride])
     elif path.suffix.lower() in _VIDEOS:
         yield from _video(path, stride)
     else:
-        yield _picture(path)
+        yield read_picture(path)
 
 
-def _picture(file: Path) -> Picture:
+def read_picture(file: Path) -> Picture:
+    """The picture of a file. Raises: UserError when it is missing, or no picture that can be decoded."""
     from train_llava.processor import open_image
 
     return Picture(str(file), np.asarray(open_image(file)))
@@ -67,6 +69,6 @@ def _video(file: Path, stride: int) -> Iterator[Picture]:
         raise UserError(f"{file}: not a video that can be decoded ({error})") from error
 
 
-def _by_numbers(file: Path) -> list[tuple[int, str]]:
-    digits = "".join(c if c.isdigit() else " " for c in file.stem).split()
-    return [(int(number), "") for number in digits] + [(0, file.name)]
+def _by_numbers(file: Path) -> tuple[list[str | int], str]:
+    parts = re.split(r"([0-9]+)", file.stem)  # text and numbers by turns, so that like is held to like
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], file.name

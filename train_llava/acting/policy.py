@@ -120,7 +120,10 @@ class Policy:
         return Question(text, views, key, stats, observation.seed, took)
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Ask the model; the same answers alone as in a batch."""
+        """Ask the model; the same answers alone as in a batch.
+
+        Raises: UserError when what the model computes is no number: of that every action would be made up.
+        """
         sampling = None
         if self._temperature is not None:
             sampling = Sampling(self._temperature, [question.seed for question in questions])
@@ -130,6 +133,10 @@ class Policy:
             [question.unnorm_key for question in questions],
             sampling,
         )
+        if not np.isfinite(predicted.entropies).all():
+            raise UserError(
+                "the model computes no numbers (nan): its weights are damaged, or its dtype too small"
+            )
         return [
             Answer(
                 question.unnorm_key,

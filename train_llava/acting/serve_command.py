@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from oxe_mix.errors import UserError
-from oxe_mix.text import say
+from oxe_mix.text import complain, say
 from train_llava.acting.gate import Gate
 from train_llava.acting.incoming import Caps
 from train_llava.acting.load import Loading, codec_of, load_policy
@@ -83,8 +84,11 @@ async def _serve(
     say("Ctrl-C or SIGTERM stops it; what is in hand is answered first")
     number = await asked
     say(f"{signal.Signals(number).name}: stopping")
-    await server.stop()
+    is_done = await server.stop()
     say(server.tally.summary())
+    if not is_done:
+        complain("the model hangs; ended without its answer")
+        os._exit(128 + number)  # its thread would be waited for
     return 128 + number
 
 
@@ -94,6 +98,8 @@ def _asked_to_stop() -> asyncio.Future[int]:
     asked: asyncio.Future[int] = loop.create_future()
 
     def stop(number: int) -> None:
+        if asked.done():  # both came before the loop looked
+            signal.raise_signal(number)
         for one in _SIGNALS:
             loop.remove_signal_handler(one)
             signal.signal(one, signal.SIG_DFL)
@@ -112,8 +118,8 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise UserError(f"--host {host}: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        raise UserError(f"--host {host}: {getattr(error, 'strerror', None) or error}") from error
     try:
         # A server that ended a moment ago must not keep its port.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -39,7 +39,8 @@ _STATUS: dict[Kind, int] = {
     "internal": 500,
     "full": 503,
 }
-_PING_S, _BODY_S, _IDLE_S, _STOP_S, _CLOSE_S = 30.0, 30.0, 60.0, 20.0, 2.0
+# aiohttp waits for the time to stop twice.
+_PING_S, _BODY_S, _IDLE_S, _STOP_S, _CLOSE_S = 30.0, 30.0, 60.0, 12.0, 2.0
 # Whoever is refused for these, or only looks, keeps no connection from a robot.
 _STRANGERS: tuple[Kind, ...] = ("token", "origin", "message", "full")
 # Connections beside those of robots, so that a full server still says how it is.
@@ -84,12 +85,17 @@ class PolicyServer:
         self._door = Door(self._runner.server, limit, self._turned_away)
         self._listening = await asyncio.get_running_loop().create_server(self._door, sock=listener)
 
-    async def stop(self) -> None:
-        """Take nothing new, answer what has come, tell the clients, and end; at most half a minute."""
+    async def stop(self) -> bool:
+        """Take nothing new, answer what has come, tell the clients, and end; at most half a minute.
+
+        Returns: whether the model came to an end with what it had.
+        """
         self._listening.close()
         await asyncio.gather(*(connection.stop() for connection in self._connections))
         await self._runner.cleanup()
+        is_done = not self._service.turns.is_busy
         await self._service.turns.close()
+        return is_done
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
@@ -100,19 +106,27 @@ class PolicyServer:
             gate.check_origin(request.headers)
             if request.path != "/healthz":
                 gate.check_token(request.headers)
-            return await handler(request)
+            answer = await handler(request)
         except RequestError as error:
-            return self._refusal(error.kind, _STATUS[error.kind], str(error))
+            answer = self._refusal(error.kind, _STATUS[error.kind], str(error))
         except web.HTTPRequestEntityTooLarge:
             largest = f"{self._service.terms.caps.message_bytes:,} bytes"
-            return self._refusal("too_large", 413, f"request: is larger than {largest}")
+            answer = self._refusal("too_large", 413, f"request: is larger than {largest}")
         except web.HTTPException as error:
-            return self._refusal("message", error.status, f"request: {error.reason.lower()}")
+            answer = self._refusal("message", error.status, f"request: {error.reason.lower()}")
         except ConnectionError:
             raise  # the client is gone
         except Exception:
             _logger.exception("%s %s", request.method, request.path)
-            return self._refusal("internal", 500, "server: could not answer; its log says why")
+            answer = self._refusal("internal", 500, "server: could not answer; its log says why")
+        return self._let_go(answer)
+
+    def _let_go(self, answer: web.StreamResponse) -> web.StreamResponse:
+        """Clients over HTTP may keep the connections that are spare, and none of the robots'."""
+        assert self._runner.server is not None
+        if len(self._runner.server.connections) - len(self._connections) > _SPARE:
+            answer.force_close()
+        return answer
 
     def _refusal(self, kind: Kind, status: int, problem: str) -> web.Response:
         self.tally.errors[kind] += 1
@@ -171,9 +185,8 @@ class PolicyServer:
 
     async def _health(self, _: web.Request) -> web.Response:
         """Whether the model answers; nothing of it is secret."""
-        answer = web.json_response({"status": "ok"})
-        if not self._service.turns.is_healthy:
-            answer = web.json_response({"status": "the model failed at the last request"}, status=503)
+        problem = self._service.turns.problem()
+        answer = web.json_response({"status": problem or "ok"}, status=503 if problem else 200)
         answer.force_close()
         return answer
 

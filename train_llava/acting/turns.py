@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from train_llava.acting.tally import Tally
 
 _logger = logging.getLogger(__name__)
+_HANGS_S = 60.0  # longer than any model needs for a chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class Turns:
         self._arrived = asyncio.Event()
         self._cpu = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "preprocess")
         self._model = ThreadPoolExecutor(1, "model")
-        self.is_healthy = True  # until the model fails, and again when it answers
+        self._has_failed = False
+        self._begun: float | None = None  # of what the model has in hand, perf_counter
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def ask(self, observation: Observation) -> tuple[Answer, float]:
@@ -68,6 +70,18 @@ class Turns:
             self._tally.in_flight -= 1
         return answered.answer, (answered.begun - start) * 1000 - question.preprocess_ms
 
+    def problem(self) -> str | None:
+        """Why the model does not answer; None while it does."""
+        seconds = 0.0 if self._begun is None else time.perf_counter() - self._begun
+        if seconds > _HANGS_S:
+            return f"the model is at one request for {seconds:.0f} s"
+        return "the model failed at the last request" if self._has_failed else None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the model has something in hand."""
+        return self._begun is not None
+
     async def close(self) -> None:
         """Stop; who still waits is cancelled. What the model has begun it ends."""
         self._task.cancel()
@@ -85,8 +99,9 @@ class Turns:
                 self._arrived.clear()
                 continue
             self._tally.batches.add(len(batch))
+            self._begun = time.perf_counter()
             answers = await loop.run_in_executor(self._model, self._answers, batch)
-            self.is_healthy = any(answers)
+            self._begun, self._has_failed = None, not any(answers)
             for waiting, answered in zip(batch, answers, strict=True):
                 if waiting.answered.done():  # who asked is gone
                     continue
@@ -109,9 +124,10 @@ class Turns:
         begun = time.perf_counter()
         try:
             answers = self._policy.answer([waiting.question for waiting in batch])
+            return [_Answered(answer, begun) for answer in answers]
         except Exception:
             _logger.exception("the model failed at %r", [one.question.text[:200] for one in batch])
-            if len(batch) == 1:
-                return [None]
-            return [one for waiting in batch for one in self._answers([waiting])]
-        return [_Answered(answer, begun) for answer in answers]
+        # Not above: while it is handled, an exception holds all that the model had in memory.
+        if len(batch) == 1:
+            return [None]
+        return [one for waiting in batch for one in self._answers([waiting])]
