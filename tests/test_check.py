@@ -360,7 +360,7 @@ def test_workers_end_when_the_command_is_killed() -> None:
     command = subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     try:
         # The pipe ends with the last of those who hold it, and the workers do.
-        command.communicate(timeout=20)
+        command.communicate(timeout=60)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(command.pid, signal.SIGKILL)

@@ -236,7 +236,7 @@ def test_a_killed_run_leaves_no_dataset_and_the_next_one_gives_the_same_bytes(tm
         (source / str(number)).symlink_to(EXAMPLE / f"episodes/000{number % 4}")
     command = [OXE_MIX, "pack", str(source), "--card", str(CARD), "--out", str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not list((tmp_path / "killed").glob(".pack/new/.*.tmp")) and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)

@@ -164,7 +164,7 @@ def test_after_ctrl_c_and_after_a_kill_the_same_command_goes_on_in_a_bucket(
             while len(proxy.media) <= seen and process.poll() is None:
                 time.sleep(0.02)
             process.send_signal(number)
-            said = process.communicate(timeout=20)[1]
+            said = process.communicate(timeout=60)[1]
             assert process.returncode == code, said
             assert "writing here" not in said
         proxy.bytes_per_s = None
