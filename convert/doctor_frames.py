@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from oxe_mix.images import decode, opened
+from oxe_mix.images import check_frame, decode, opened
 
 SIDE = 32  # pixels of the small picture: what is looked at
 NUM_HUES = 24
@@ -33,13 +33,16 @@ class CameraTrack:
     level: NDArray[np.float64]  # [F], mean of the picture, 0 black to 255 white
     change: NDArray[np.float64]  # [F, 2], mean and largest difference to the one before, levels; first is inf
     hues: NDArray[np.float64]  # [NUM_HUES], from red over green to blue: how much colour of each hue, summed
-    broken: tuple[tuple[int, str], ...] = ()  # frames that cannot be decoded: place among the T, reason
+    broken: tuple[tuple[int, str], ...] = ()  # frames that convert refuses: place among the T, reason
 
 
-def track(role: str, frames: Sequence[Callable[[], bytes]]) -> CameraTrack:
-    """Look at the frames of one camera, [T], each of which is read once.
+def track(
+    role: str, frames: Sequence[Callable[[], bytes]], shape: tuple[int | None, ...] = ()
+) -> CameraTrack:
+    """Look at the frames of one camera, [T], each of which is read once; `shape`: [H, W, C] as declared.
 
-    Raises: UserError for a frame that cannot be read; one that cannot be decoded is listed.
+    Raises: UserError for a frame that cannot be read; one that is not whole, has another size or cannot be
+        decoded is listed.
     """
     stride = -(-len(frames) // _MOST_DECODED) or 1
     marks, small, looked, broken = list[int](), list[Pixels](), list[int](), list[tuple[int, str]]()
@@ -47,9 +50,10 @@ def track(role: str, frames: Sequence[Callable[[], bytes]]) -> CameraTrack:
     for t, read in enumerate(frames):
         encoded = read()
         marks.append(_mark(encoded))
-        if t % stride:
-            continue
         try:
+            check_frame(encoded, shape)
+            if t % stride:
+                continue
             # A frame that comes again is not decoded again.
             picture = seen.get(marks[-1])
             picture = thumbnail(encoded) if picture is None else picture
@@ -69,7 +73,7 @@ def _tracked(
     pictures = np.array(small, np.uint8).reshape(-1, SIDE, SIDE, 3)
     levels = pictures.astype(np.float64)
     centre = levels.mean(axis=(1, 2), keepdims=True)
-    steps = np.abs(np.diff(levels, axis=0)).reshape(max(0, len(levels) - 1), -1)
+    steps = np.abs(np.diff(levels, axis=0)).reshape(max(0, len(levels) - 1), SIDE * SIDE * 3)
     change = np.full((len(levels), 2), np.inf)
     if len(steps):
         change[1:] = np.stack([steps.mean(axis=1), steps.max(axis=1)], axis=1)

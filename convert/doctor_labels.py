@@ -42,7 +42,7 @@ def readable(data: DatasetSummary) -> Outcome:
         if data.converted:
             mend = f"see all of it: oxe-mix check FOLDER --decode; convert it again: {CONVERT} --only NAME"
         else:
-            mend = f"see all of it: oxe-mix verify FOLDER; leave broken records out: {skip(len(bad))}"
+            mend = f"see all of it: oxe-mix verify FOLDER; leave broken records out: {skip(len(bad), data)}"
         return Outcome("error", text, mend=mend)
     if not data.num_steps:
         return Outcome("error", f"no step is there: {looked}", mend="download or pack it again")

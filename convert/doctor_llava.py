@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.action_codec import ActionCodec, decode, read_codec, text_to_bins
+from convert.action_codec import ActionCodec, decode, text_to_bins
 from convert.doctor_frames import track
 from convert.doctor_gripper import gripper_column
 from convert.doctor_rlds import Sampling
 from convert.doctor_summary import DatasetSummary, EpisodeSummary
 from convert.finish import CARDS
 from convert.llava import CONVERSATIONS
-from convert.manifest import MANIFEST_FILE, ConvertedDataset, Manifest, read_manifest
+from convert.manifest import MANIFEST_FILE, ConvertedDataset, Manifest, codec_of, read_manifest
 from convert.reader import ConversationReader, Sample
 from convert.samples import NO_INSTRUCTION
 from oxe_mix.cards import Card, load_card
+from oxe_mix.errors import UserError
 
 _TRIES = 20  # draws for each episode wanted: long ones are drawn again and again
 
@@ -34,8 +35,8 @@ class ConvertedFolder:
         """Raises: UserError when the folder is no finished conversion."""
         self._folder = folder
         self._readers = (ConversationReader(folder, "train"), ConversationReader(folder, "val"))
-        self._codec: ActionCodec = read_codec(folder)
         self._manifest: Manifest = read_manifest(folder)
+        self._codec: ActionCodec = codec_of(folder, self._manifest)
 
     @property
     def datasets(self) -> tuple[ConvertedDataset, ...]:
@@ -47,17 +48,22 @@ class ConvertedFolder:
     ) -> DatasetSummary:
         """Look at a sample of a dataset's episodes; `seen` is called after each.
 
-        Raises: UserError for a line that is no sample and a frame that is not there.
+        A line that is no sample, and a frame that is not there, are listed.
         """
         card = self._card(dataset)
         episodes, unreadable = list[EpisodeSummary](), list[tuple[str, str]]()
-        for reader, place in self._episodes(dataset, sampling):
-            samples = [reader[i] for i in place]
-            try:
-                episodes.append(self._episode(samples, dataset, card))
-            except ValueError as error:
-                unreadable.append((samples[0].episode, str(error)))
-            seen()
+        try:
+            for reader, place in self._episodes(dataset, sampling):
+                id_ = dataset.name
+                try:
+                    samples = [reader[i] for i in place]
+                    id_ = samples[0].episode
+                    episodes.append(self._episode(samples, dataset, card))
+                except (UserError, ValueError) as error:
+                    unreadable.append((id_, str(error)))
+                seen()
+        except UserError as error:  # where an episode ends cannot be read
+            unreadable.append((dataset.name, str(error)))
         return DatasetSummary(
             name=dataset.name,
             card=card,

@@ -8,6 +8,10 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from convert.doctor_summary import DatasetSummary
 
 CONVERT = "oxe-mix convert --data DATA"
 LOOK = "oxe-mix report FOLDER"
@@ -41,8 +45,13 @@ class Place:
         return re.sub(r" +(?=;|$)", "", filled)
 
 
-def skip(num: int, *options: str) -> str:
-    """The conversion that leaves out at least `num` broken episodes."""
+def skip(num: int, data: DatasetSummary, *options: str) -> str:
+    """The conversion that leaves out broken episodes, of which `num` were found: twice as many as are to be
+    expected where not all were looked at.
+    """
+    looked = len(data.episodes) + len(data.unreadable)
+    if looked < data.of_episodes:
+        num = 2 * -(-num * data.of_episodes // max(1, looked))
     return " ".join(
         [CONVERT, *options, "--on-bad-record", "skip", "--max-bad", str(max(num, _LEAST_SKIPPED))]
     )

@@ -38,9 +38,9 @@ def finite(data: DatasetSummary) -> Outcome:
         return Outcome("ok", "every action and state is a number")
     text = f"{count(len(bad), 'action')} and {count(states, 'value')} of states are NaN or infinite"
     broken = [e.id for e in data.episodes if e.bad_states or not e.is_finite]
-    mend = f"leave these episodes out: {skip(len(broken))}"
+    mend = f"leave these episodes out: {skip(len(broken), data)}"
     if not bad:
-        mend = f"only --state reads them; leave these episodes out: {skip(len(broken), '--state')}"
+        mend = f"only --state reads them; leave these episodes out: {skip(len(broken), data, '--state')}"
     return Outcome("error", text, some(bad or broken), mend)
 
 
@@ -150,7 +150,7 @@ def idle_steps(data: DatasetSummary) -> Outcome:
         steps, idle = steps + len(rest), idle + int(rest.sum())
         if rest.all():
             whole.append(episode.id)
-        run, start = longest_run(rest)
+        run, start = max(runs_of(rest), default=(0, 0))
         longest = max(longest, (run, episode.step(start)))
     text = f"{idle:,} of {steps:,} steps, at most {longest[0]} in a row"
     mends, examples = list[str](), some(whole)
@@ -171,14 +171,10 @@ def at_rest(episode: EpisodeSummary, data: DatasetSummary) -> NDArray[np.bool_]:
     return still(episode.actions, data.stats, delta=delta, tolerance=_STILL)
 
 
-def longest_run(flags: NDArray[np.bool_]) -> tuple[int, int]:
-    """Length and start of the longest run of true; 0, 0 without one."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
-    starts, ends = edges[::2], edges[1::2]
-    if not len(starts):
-        return 0, 0
-    best = int((ends - starts).argmax())
-    return int(ends[best] - starts[best]), int(starts[best])
+def runs_of(flags: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Length and start of each run of true."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))).tolist()
+    return [(end - start, start) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def known_figures(data: DatasetSummary) -> Outcome:

@@ -5,14 +5,14 @@ should be?
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convert.doctor_frames import CameraTrack, swapped
 from convert.doctor_mends import CONVERT, LEAVE_OUT, LOOK
-from convert.doctor_numbers import at_rest, longest_run
+from convert.doctor_numbers import at_rest, runs_of
 from convert.doctor_summary import DatasetSummary, EpisodeSummary, Outcome, some
 from oxe_mix.cards import Card
 from oxe_mix.text import count
@@ -84,28 +84,28 @@ def frozen_frames(data: DatasetSummary) -> Outcome:
     said: list[Outcome] = []
     for i, (role, tracks) in enumerate(by_camera(data).items()):
         total = sum(len(camera.marks) for _, camera in tracks)
-        runs = [(run, e.step(start)) for e, c in tracks for run, start in [_frozen_run(e, c, data)] if run]
+        runs = [(run, e.step(start)) for e, c in tracks for run, start in _frozen_runs(e, c, data)]
         if not runs:
             continue
         steps = sum(run for run, _ in runs)
         level: Level = "error" if i == 0 and steps > _MANY * total else "warning"
-        most = f"in {count(len(runs), 'episode')}, at most {max(runs)[0]} in a row"
+        episodes = sum(any(_frozen_runs(e, c, data)) for e, c in tracks)
+        most = f"in {count(episodes, 'episode')}, at most {max(runs)[0]} in a row"
         text = f"{role}: {steps:,} of {total:,} steps {most}"
         ids = [place for _, place in sorted(runs, reverse=True)]
         said.append(Outcome(level, text, some(ids), LEAVE_OUT))
     return _joined(said, data, "none while the robot moves")
 
 
-def _frozen_run(episode: EpisodeSummary, camera: CameraTrack, data: DatasetSummary) -> tuple[int, int]:
-    """Steps and start of the longest stretch without a change of the picture, if the robot moves in it."""
+def _frozen_runs(
+    episode: EpisodeSummary, camera: CameraTrack, data: DatasetSummary
+) -> Iterator[tuple[int, int]]:
+    """Steps and start of each stretch without a change of the picture in which the robot moves."""
     same = (camera.change[:, 0] <= _SAME_MEAN) & (camera.change[:, 1] <= _SAME_MOST) & ~camera.flat
-    run, first = longest_run(same)
-    if not run:
-        return 0, 0
-    start, end = int(camera.looked[first - 1]), int(camera.looked[first + run - 1])
-    if end - start < _FROZEN_RUN or travel(episode, data, start, end) < _TRAVEL:
-        return 0, 0
-    return end - start, start
+    for run, first in runs_of(same):
+        start, end = int(camera.looked[first - 1]), int(camera.looked[first + run - 1])
+        if end - start >= _FROZEN_RUN and travel(episode, data, start, end) >= _TRAVEL:
+            yield end - start, start
 
 
 def travel(episode: EpisodeSummary, data: DatasetSummary, start: int, end: int) -> float:
@@ -210,7 +210,8 @@ def _cool(role: str, tracks: Tracks, card: Card | None) -> list[Outcome]:
     """A camera that sees hardly anything warm: no wood, no skin, no cardboard, but their mirror images."""
     sums, num = _hues(tracks)
     warm, cool = float(sums[_WARM].sum()), float(sums[_COOL].sum())
-    if len(tracks) < _FEW_EPISODES or warm + cool < max(_COLOURED * num, 0.3 * float(sums.sum())):
+    enough = max(_COLOURED * num, 0.3 * float(sums.sum()))
+    if len(tracks) < _FEW_EPISODES or not num or warm + cool < enough:
         return []
     share = cool / (warm + cool)
     if share < _COOL_SHARE:

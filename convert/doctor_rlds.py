@@ -175,7 +175,7 @@ def summarize_episode(name: str, episode: Episode, dataset: DatasetOnDisk) -> Ep
     cameras = []
     for camera in dataset.cameras:
         frames = episode.slices(camera.key)[steps]
-        cameras.append(track(camera.role, [partial(bytes, frame) for frame in frames]))
+        cameras.append(track(camera.role, [partial(bytes, frame) for frame in frames], camera.feature.shape))
     return EpisodeSummary(
         id=name,
         steps=np.arange(steps.start, steps.stop, dtype=np.int64),

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from convert.action_codec import CODEC_FILE, ActionCodec, read_codec
 from convert.frames import Layout
 from convert.prompt import CameraRole
 from oxe_mix.cards import Recipe
@@ -155,3 +156,14 @@ def read_manifest(folder: Path) -> Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest of a converted folder."""
     write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
+
+
+def codec_of(folder: Path, manifest: Manifest) -> ActionCodec:
+    """The codec of a converted folder. Raises: UserError when it does not know each of its datasets."""
+    codec = read_codec(folder)
+    if unknown := [own.name for own in manifest.datasets if own.name not in codec.datasets]:
+        raise UserError(
+            f"{folder / CODEC_FILE}: no statistics of {', '.join(unknown)}, which {MANIFEST_FILE} lists; "
+            "run oxe-mix convert again"
+        )
+    return codec

@@ -13,6 +13,7 @@ from convert.shards import ShardJob
 from oxe_mix.card_check import check_fits
 from oxe_mix.cards import Card, Cards
 from oxe_mix.errors import UserError
+from oxe_mix.files import read_text
 from oxe_mix.lock import LOCK_FILE, Lock, read_lock
 from oxe_mix.mix import DatasetSpec, Mix
 from oxe_mix.mods import Mod
@@ -181,11 +182,11 @@ def _read(
 ) -> DatasetOnDisk:
     data, folder = place
     card = cards.get(own[0].name)
-    info = parse_dataset_info((folder / INFO_FILE).read_text(), str(folder / INFO_FILE))
+    info = parse_dataset_info(read_text(folder / INFO_FILE, "RLDS metadata"), str(folder / INFO_FILE))
     features = folder / FEATURES_FILE
     if not features.exists():
         raise UserError(f"{features}: no such file; this copy of {card.name} is not complete")
-    tree = parse_features(features.read_text(), str(features))
+    tree = parse_features(read_text(features, "TFDS features"), str(features))
     check_fits(card, cards.file_of(card), tree, str(features))
     for spec in own:
         if spec.split not in info.splits:

@@ -97,6 +97,14 @@ def parse_model(kind: type[Model], text: bytes, where: str, what: str) -> Model:
         raise UserError(f"{where}: {place}: {first['msg']}; expected {what}") from error
 
 
+def read_text(path: Path, what: str) -> str:
+    """Read a file of UTF-8 text; one that is missing or no text is the user's error, named as `what`."""
+    try:
+        return _read(path, what).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no UTF-8 text; expected {what}") from error
+
+
 def _read(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()

@@ -8,6 +8,7 @@ Pillow for Lanczos and the rest; the figures are in benchmarks/results/.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -37,6 +38,13 @@ _PNG_KINDS = {
 }
 # A resized or flipped JPEG is encoded once more: at this quality with full chroma nobody sees it.
 _AGAIN_QUALITY = 95
+# A header may ask for terabytes; no camera of a robot has so many pixels.
+_MOST_PIXELS = 100_000_000
+# What Pillow was seen to raise of damaged pictures, beside its DecompressionBombError.
+_OF_PILLOW = (
+    *(OSError, SyntaxError, ValueError, NotImplementedError, EOFError, TypeError),
+    *(ArithmeticError, LookupError, struct.error, zlib.error),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +140,7 @@ def decode(frame: bytes) -> NDArray[np.uint8]:
         import simplejpeg
 
         try:
+            _refuse_gigabytes(*simplejpeg.decode_jpeg_header(frame)[:2])
             pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(frame, "RGB", strict=True)
         except ValueError as error:
             raise ValueError(f"the frame cannot be decoded ({error})") from error
@@ -140,6 +149,7 @@ def decode(frame: bytes) -> NDArray[np.uint8]:
         import pyspng
 
         try:
+            _refuse_gigabytes(*struct.unpack(">II", frame[16:24]))
             return np.asarray(pyspng.load(frame))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"the frame cannot be decoded ({error})") from error
@@ -166,8 +176,13 @@ def opened(encoded: bytes, formats: tuple[str, ...] | None = None) -> Iterator[I
             yield image
     except UnidentifiedImageError as error:
         raise ValueError(f"it starts with {encoded[:8]!r}") from error
-    except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+    except (*_OF_PILLOW, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from error
+
+
+def _refuse_gigabytes(*sides: int) -> None:
+    if math.prod(sides) > _MOST_PIXELS:
+        raise ValueError(f"its header asks for {sides[0]:,} x {sides[1]:,} pixels")
 
 
 def _is_plain_png(frame: bytes) -> bool:

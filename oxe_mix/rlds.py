@@ -218,8 +218,11 @@ class Episode:
         if feature.encoding == "zlib":
             import zlib
 
-            packed = [np.frombuffer(zlib.decompress(value), feature.dtype) for value in self.values(key)]
-            flat = np.concatenate(packed)
+            try:
+                unpacked = [zlib.decompress(value) for value in self.values(key)]
+            except zlib.error as error:
+                raise ValueError(f"{'/'.join(key)}: cannot be unpacked ({error})") from error
+            flat = np.concatenate([np.frombuffer(one, feature.dtype) for one in unpacked])
         elif feature.dtype in ("float32", "float64", "float16", "bfloat16"):
             flat = float_values(self._column(key))
         else:

@@ -4,6 +4,7 @@ one line and exit 2; a bug of ours keeps its traceback.
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import signal
@@ -20,6 +21,9 @@ _UsageError: Any = typer.BadParameter.__mro__[1]  # typer has no public name for
 
 def run_app(commands: typer.Typer) -> None:
     """Run what the command line asks for."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not know the letters of a folder's name
+            stream.reconfigure(errors="backslashreplace")
     _set_up_logging()
     signal.signal(signal.SIGINT, end_at_once)
     try:

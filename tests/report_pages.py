@@ -25,8 +25,11 @@ def points_of(path: str) -> list[tuple[float, float]]:
 
 
 def levels_of(path: str) -> list[float]:
-    """The height of each step of a timeline, 0 to 1."""
-    return [(98 - float(y)) / 96 for y in re.findall(r"V([\d.]+)h", path)]
+    """The height of each step of a timeline, 0 to 1; the steps are of one width and fill the row."""
+    steps = re.findall(r"V([\d.]+)H([\d.]+)", path)
+    for i, (_, end) in enumerate(steps, 1):
+        assert abs(float(end) - i * 400 / len(steps)) <= 0.051
+    return [(98 - float(y)) / 96 for y, _ in steps]
 
 
 class Page(HTMLParser):

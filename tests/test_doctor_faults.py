@@ -7,12 +7,15 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from convert.doctor_command import DoctorOptions, run_doctor
+from convert.doctor_mends import skip
+from convert.doctor_summary import DatasetSummary
 from tests.command_lines import parse
 from tests.recorded_episodes import EPISODES, STEPS, Plant, Recording, clean, jpeg, picture, write
 
@@ -179,6 +182,38 @@ def broken_frame(episodes: list[Recording]) -> None:
     episodes[0].agent[6] = episodes[0].agent[6][:2000]
 
 
+def cut_end(episodes: list[Recording]) -> None:
+    episodes[0].agent[6] = episodes[0].agent[6][:-2]
+
+
+def other_size(episodes: list[Recording]) -> None:
+    episodes[0].agent[6] = jpeg(np.full((112, 224, 3), 90, np.uint8))
+
+
+def broken_between_those_looked_at(episodes: list[Recording]) -> None:
+    episodes[0] = long(episodes[0])
+    episodes[0].agent[101] = b"garbage"
+
+
+def long(recording: Recording) -> Recording:
+    """One of which only every second frame is decoded."""
+    times = 13
+    moves, closing, width = (
+        np.concatenate([own] * times) for own in (recording.moves, recording.closing, recording.width)
+    )
+    agent, wrist, text = recording.agent * times, recording.wrist * times, recording.text * times
+    return Recording(moves, closing, width, agent, wrist, text)
+
+
+def frozen_and_waiting(episodes: list[Recording]) -> None:
+    """A longer stretch without a change in which the robot waits does not hide it."""
+    for i, episode in enumerate(episodes):
+        episode.moves[:8] = 0
+        episode.agent[:8] = [picture(i, 0, 0, quality=90 - t % 5) for t in range(8)]
+        episode.moves[9:, 0] += 0.03
+        episode.agent[9:15] = [picture(i, 9, 0, quality=90 - t % 5) for t in range(6)]
+
+
 def no_camera(episodes: list[Recording]) -> None:
     black(episodes)
     no_wrist(episodes)
@@ -208,6 +243,7 @@ def most_silent(episodes: list[Recording]) -> None:
 
 
 SKIP = "leave these episodes out: oxe-mix convert --data D --on-bad-record skip --max-bad 10"
+BROKEN = f"see all of it: oxe-mix verify D; leave broken records out: {SKIP[26:]}"
 OUT = "no option leaves out chosen episodes: take viola out of the mix, or pack your own recordings"
 LOOK = "oxe-mix report D; "
 RANGE = "see it: oxe-mix report D; the recipe that makes it: oxe-mix datasets viola"
@@ -250,7 +286,11 @@ MENDS: dict[Plant, str] = {
     one_silent: NO_TEXT,
     dummy: NO_TEXT,
     one_task: "language key: oxe-mix datasets viola",
-    broken_frame: f"see all of it: oxe-mix verify D; leave broken records out: {SKIP[26:]}",
+    broken_frame: BROKEN,
+    cut_end: BROKEN,
+    other_size: BROKEN,
+    broken_between_those_looked_at: BROKEN,
+    frozen_and_waiting: OUT,
 }
 
 
@@ -290,7 +330,15 @@ MENDS: dict[Plant, str] = {
         (one_silent, {"instructions": "warning"}, "1 of 12 episodes have none, 0 a placeholder"),
         (dummy, {"instructions": "warning"}, "0 of 12 episodes have none, 1 a placeholder"),
         (one_task, {"instructions": "warning"}, "all 12 episodes say 'pour'"),
-        (broken_frame, {"episodes": "error"}, "train/0/0/6: the frame cannot be decoded"),
+        (broken_frame, {"episodes": "error"}, "bytes is cut off: its end marker"),
+        (cut_end, {"episodes": "error"}, "viola/train/0/0/6: the frame of 6,570 bytes is cut off"),
+        (other_size, {"episodes": "error"}, "train/0/0/6: the frame is 112 pixels high, features.json says"),
+        (
+            broken_between_those_looked_at,
+            {"episodes": "error"},
+            "train/0/0/101: the frame of 7 bytes is neither",
+        ),
+        (frozen_and_waiting, {"frozen frames": "error"}, "primary: 55 of 192 steps in 11 episodes"),
     ],
     ids=lambda one: one.__name__ if callable(one) else "",
 )
@@ -309,6 +357,22 @@ def test_a_planted_fault_is_the_only_one_found_and_told_with_what_mends_it(
     assert words in said[first]["text"]
     assert alarms(said) == {name: level for name, level in expected.items() if level != "ok"}
     assert MENDS[plant] in said[first]["mend"].replace(str(data), "D")
+
+
+def test_an_episode_of_one_step_is_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    episodes = clean()
+    one = episodes[3]
+    episodes[3] = Recording(
+        one.moves[:1], one.closing[:1], one.width[:1], one.agent[:1], one.wrist[:1], one.text[:1]
+    )
+    assert alarms(examine(capsys, write(tmp_path / "data", episodes), 0)) == {}
+
+
+def test_more_broken_episodes_are_to_be_expected_than_were_looked_at() -> None:
+    looked = SimpleNamespace(episodes=[0] * 25, unreadable=[0] * 5, of_episodes=2000)
+    assert skip(6, cast(DatasetSummary, looked)).endswith("--max-bad 800")
+    all_of_it = SimpleNamespace(episodes=[0] * 25, unreadable=[0] * 5, of_episodes=30)
+    assert skip(16, cast(DatasetSummary, all_of_it)).endswith("--max-bad 16")
 
 
 def parse_commands(mend: str) -> int:

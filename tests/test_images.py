@@ -232,6 +232,23 @@ def test_a_png_is_decoded_to_the_very_pixels(options: dict[str, Any]) -> None:
     np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(frame)).convert("RGB")))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_pixels_by_the_gigabyte_are_not_decoded(kind: str) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (12_000, 9_000)).save(stream, kind)
+    with pytest.raises(ValueError, match=r"asks for 9,000 x 12,000 pixels|asks for 12,000 x 9,000 pixels"):
+        decode(stream.getvalue())
+
+
+def test_a_chunk_of_a_png_that_is_too_short_is_an_error_like_others() -> None:
+    stream = io.BytesIO()
+    Image.new("L", (8, 8)).save(stream, "PNG")
+    whole, chunk = stream.getvalue(), b"gAMA\0\0"
+    broken = whole[:-12] + struct.pack(">I", 2) + chunk + struct.pack(">I", zlib.crc32(chunk)) + whole[-12:]
+    with suppress(ValueError):  # Pillow may read it
+        assert decode(broken).shape == (8, 8, 3)
+
+
 def test_damaged_data_is_refused_and_not_guessed() -> None:
     for frame in (JPEG, PNG):
         middle = len(frame) // 2

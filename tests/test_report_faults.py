@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import webbrowser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from convert.doctor_command import DoctorOptions, run_doctor
 from oxe_mix.errors import UserError
 from oxe_mix.rlds import INFO_FILE
 from oxe_mix.text import size
 from oxe_mix.tfrecord import frame
+from tests.conftest import OXE_MIX
 from tests.converting import convert, viola_episode, viola_folder
 from tests.report_pages import report
 from train_llava.report.report_command import ReportOptions, run_report
@@ -82,6 +86,87 @@ def test_a_runs_file_that_training_did_not_write_is_named_in_one_line(
         run_report(ReportOptions(run))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+_HITS = {"exact": 0.1, "within_1": 0.2, "within_5": 0.3}
+_POLICIES = ("model", "mean_action")
+
+
+@pytest.mark.parametrize(
+    ("hits", "gripper", "words"),
+    [
+        (_HITS, {"closed": 0.5, "open": 0.5}, r"gripper_f1\.model"),
+        (_HITS | {"note": "text"}, None, r"accuracy\.model\.note"),
+        (_HITS | {"within_1": None}, None, r"accuracy\.model: .*some shares are null"),
+    ],
+)
+def test_scores_of_another_form_are_refused(tmp_path: Path, hits: Any, gripper: Any, words: str) -> None:
+    scores = {
+        "samples": 1,
+        "l1": dict.fromkeys(_POLICIES, 0.1),
+        "accuracy": dict.fromkeys(_POLICIES, hits),
+        "gripper_f1": dict.fromkeys(_POLICIES, gripper),
+        "datasets": {},
+    }
+    line = json.dumps({"step": 1, "evaluation": scores})
+    with pytest.raises(UserError, match=words):
+        run_report(ReportOptions(_run(tmp_path / "run", metrics__jsonl=f"{line}\n")))
+
+
+def test_one_damaged_frame_or_line_of_a_conversion_costs_no_other_dataset(
+    llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(llava, tmp_path / "llava")
+    for image in (copy / "images/viola").rglob("*.jpg"):
+        image.write_bytes(b"x")
+    broken = next(f for f in (copy / "conversations").glob("kuka-train-*.jsonl") if f.stat().st_size)
+    broken.write_text("x" + broken.read_text()[1:])
+    page = report(copy, tmp_path / "r.html")
+    said = capsys.readouterr().err
+    assert "warning: viola: " in said
+    assert "warning: kuka: " in said
+    assert page.episodes("bridge_orig") != []
+    assert "viola" not in [one["name"] for one in page.viewer]
+    assert run_doctor(DoctorOptions(copy, json=True)) == 1
+    found = {
+        one["subject"] for one in json.loads(capsys.readouterr().out)["checks"] if one["level"] == "error"
+    }
+    assert found == {"viola", "kuka"}
+
+
+def test_metadata_that_is_no_text_costs_one_dataset(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(data, tmp_path / "data")
+    next((copy / "viola").glob("*/features.json")).write_bytes(b'{"a": "\xff\xfe"}')
+    assert "features.json: is no UTF-8 text" in (report(copy, tmp_path / "r.html").text)
+    capsys.readouterr()
+    assert run_doctor(DoctorOptions(copy, json=True)) == 1
+    assert "is no UTF-8 text" in capsys.readouterr().out
+
+
+def test_a_codec_without_a_dataset_of_the_manifest_is_refused(llava: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(llava, tmp_path / "llava")
+    codec = json.loads((copy / "action_codec.json").read_text())
+    del codec["datasets"]["viola"]
+    (copy / "action_codec.json").write_text(json.dumps(codec))
+    for run in (lambda: run_report(ReportOptions(copy)), lambda: run_doctor(DoctorOptions(copy))):
+        with pytest.raises(UserError, match=r"no statistics of viola, which manifest\.json lists"):
+            run()
+
+
+@pytest.mark.parametrize("words", [("doctor", "dätä"), ("report", "dätä")])
+def test_what_a_terminal_cannot_write_is_written_another_way(words: tuple[str, str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [OXE_MIX, *words],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: d\\xe4t\\xe4: no such folder")
 
 
 def test_scores_of_which_a_part_is_missing_are_refused(tmp_path: Path) -> None:

@@ -18,7 +18,15 @@ from oxe_mix.errors import UserError
 from oxe_mix.synth.frames import black
 from tests.converting import picture
 from tests.report_pages import bars_of, levels_of, points_of
-from train_llava.report.figures import action_dimensions, arrows, distances, length_histogram, reach, thin
+from train_llava.report.figures import (
+    action_dimensions,
+    arrows,
+    distances,
+    length_histogram,
+    reach,
+    telling,
+    thin,
+)
 from train_llava.report.pictures import Room, jpeg, room_of, strip
 from train_llava.report.predictions import movements
 from train_llava.report.run_charts import charts, not_finite
@@ -132,7 +140,21 @@ def test_a_curve_rises_with_its_values_and_has_a_gap_where_there_is_none() -> No
 
 def test_a_timeline_is_high_where_its_value_is() -> None:
     assert levels_of(steps(np.array([0.0, 1, 0.5]))) == [0, 1, 0.5]
-    assert steps(np.array([0.0, 1])).count("h200") == 2
+    assert steps(np.array([0.0, 1])) == "M0 98V98H200V2H400"
+    assert len(levels_of(steps(np.linspace(0, 1, 9000)))) == 9000
+
+
+def test_of_a_long_curve_the_extremes_and_the_gaps_are_drawn() -> None:
+    loss = np.random.default_rng(0).normal(1, 0.1, 3000)
+    loss[2001], loss[77] = 50, -3
+    loss[1001] = np.nan
+    kept = telling([loss, np.full(3000, np.nan)], 500)
+    assert {0, 77, 1001, 2001, 2999} <= set(kept.tolist())
+    assert len(kept) < 3 * 500 + 500
+    drawn = line(kept.astype(np.float64), loss[kept], (0, 2999, 0, 50))
+    assert drawn.count("M") == 2
+    assert min(y for _, y in points_of(drawn)) == 0
+    assert telling([loss[:500]], 500).tolist() == list(range(500))
 
 
 def test_a_value_stands_where_its_histogram_has_it() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from convert.action_codec import NUM_BINS, ActionStats, Binning, Bins, clipped
+from oxe_mix.text import count
 from train_llava.report.values import Counts, Dimension, Floats, Histogram, Motion, Recorded
 
 _BARS, _LENGTH_BARS = 48, 24
@@ -71,6 +73,14 @@ def length_histogram(lengths: Sequence[int]) -> Histogram | None:
     return Histogram(counts, low, low + bars * step)
 
 
+def shortest_to_longest(lengths: Sequence[int]) -> str:
+    """In words, to follow how many episodes they are of."""
+    if not lengths:
+        return ""
+    low, high = min(lengths), max(lengths)
+    return f", each of {count(low, 'step')}" if low == high else f", {low:,} to {high:,} steps long"
+
+
 def arrows(actions: Floats, motion: Motion) -> Floats:
     """Where an action goes in space, [T, 3]; [T, 0] where its dimensions are no directions.
 
@@ -99,6 +109,25 @@ def reach(episodes: Sequence[Recorded], motion: Motion) -> tuple[float, float]:
 def thin(num: int, most: int) -> Counts:
     """Places of at most so many of `num` things, evenly spread, the first and the last among them."""
     return np.unique(np.linspace(0, num - 1, min(num, most)).round().astype(np.int64))
+
+
+def telling(curves: Sequence[Floats], most: int) -> Counts:
+    """Places of the points of curves, [N] each, that are drawn: all, or evenly spread ones and, of each
+    stretch between two, where a curve is highest, where it is lowest and where it has a gap.
+    """
+    num = len(curves[0])
+    edges = thin(num, most)
+    if len(edges) == num:
+        return edges
+    places = [edges]
+    for ys in curves:
+        finite = np.isfinite(ys)
+        high, low = np.where(finite, ys, -np.inf), np.where(finite, ys, np.inf)
+        for start, end in pairwise(edges.tolist()):
+            own = slice(start, end)
+            found = (high[own].argmax(), low[own].argmin(), finite[own].argmin())
+            places.append(start + np.array(found, np.int64))
+    return np.unique(np.concatenate(places))
 
 
 def distances(target: NDArray[np.int64], predicted: NDArray[np.int64], edges: Sequence[int]) -> Counts:

@@ -19,11 +19,11 @@ from oxe_mix.text import count, size
 from train_llava.dimensions import dimension_names
 from train_llava.report.data_folder import DownloadedFolder, num_bytes, num_episodes, num_shards
 from train_llava.report.facts import card_facts, motion_of
-from train_llava.report.figures import action_dimensions, length_histogram, reach
-from train_llava.report.pictures import Room, strip
+from train_llava.report.figures import action_dimensions, length_histogram, reach, shortest_to_longest
+from train_llava.report.pictures import Room, strips_of
 from train_llava.report.records import drawn_records
 from train_llava.report.sampling import MOST_STRIPES
-from train_llava.report.values import DatasetPage, Dimension, Motion, Recorded, Row, Share, Strip, Told
+from train_llava.report.values import DatasetPage, Dimension, Recorded, Row, Share, Told
 
 _TOP = 12
 _TOO_SHORT, _NO_INSTRUCTION = "too short for the recipe", "without an instruction"
@@ -50,7 +50,9 @@ def dataset_page(folder: DownloadedFolder, own: DatasetOnDisk, episodes: int, ro
     card, read = own.card, _read(folder, own, episodes)
     dimensions = _dimensions(own, read.episodes)
     motion = motion_of(card, card.action.dims)
-    strips = tuple(_strips(read, motion, episodes, room))
+    shown = [one for one in read.episodes[:episodes] if one.frames]
+    strips = tuple(strips_of(shown, motion, room, read.damage))
+    lengths = [len(one.steps) for one in read.episodes]
     has_gripper = not card.normalise_mask[-1]
     return DatasetPage(
         name=card.name,
@@ -65,8 +67,9 @@ def dataset_page(folder: DownloadedFolder, own: DatasetOnDisk, episodes: int, ro
         grippers=tuple((one.id, one.actions[:, -1]) for one in read.episodes[:MOST_STRIPES])
         if has_gripper
         else (),
-        lengths=length_histogram([len(one.steps) for one in read.episodes]),
-        length_words=f"Steps that the recipe keeps, of {count(len(read.episodes), 'episode')}.",
+        lengths=length_histogram(lengths),
+        length_words=f"Steps that the recipe keeps, of {count(len(lengths), 'episode')}"
+        f"{shortest_to_longest(lengths)}.",
         told=_told(read),
         strips=strips,
         motion=motion,
@@ -120,15 +123,6 @@ def _recorded(
 
 def _frames(views: list[list[memoryview]], step: int) -> tuple[bytes, ...]:
     return tuple(bytes(view[step]) for view in views)
-
-
-def _strips(read: _Reading, motion: Motion, episodes: int, room: Room) -> Iterator[Strip]:
-    for one in read.episodes[:episodes]:
-        try:
-            if one.frames:
-                yield strip(one, motion, room)
-        except UserError as error:  # a frame that cannot be decoded
-            read.damage[str(error)] = None
 
 
 def _dimensions(own: DatasetOnDisk, read: list[Recorded]) -> tuple[Dimension, ...]:

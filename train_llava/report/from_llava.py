@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.action_codec import ActionCodec, Bins, decode, read_codec, text_to_bins
+from convert.action_codec import ActionCodec, Bins, decode, text_to_bins
 from convert.finish import CARDS
-from convert.manifest import MANIFEST_FILE, ConvertedDataset, Manifest, Tally, read_manifest
+from convert.manifest import MANIFEST_FILE, ConvertedDataset, Manifest, Tally, codec_of, read_manifest
 from convert.reader import ConversationReader, Sample
 from oxe_mix.cards import Card, load_card
 from oxe_mix.errors import UserError
@@ -20,8 +20,8 @@ from oxe_mix.rlds import SAFE_NAME
 from oxe_mix.text import count, size
 from train_llava.dimensions import dimension_names
 from train_llava.report.facts import card_facts, motion_of
-from train_llava.report.figures import action_dimensions, length_histogram, reach
-from train_llava.report.pictures import Room, strip
+from train_llava.report.figures import action_dimensions, length_histogram, reach, shortest_to_longest
+from train_llava.report.pictures import Room, strips_of
 from train_llava.report.sampling import MOST_EPISODES, MOST_STEPS, MOST_STRIPES, drawn_episodes
 from train_llava.report.values import DatasetPage, Dimension, Overview, Recorded, Row, Share, Told
 
@@ -52,7 +52,7 @@ def open_converted(path: Path, seed: int) -> ConvertedFolder:
     manifest = read_manifest(path)
     for dataset in manifest.datasets:
         _refuse_strangers(path, dataset)
-    return ConvertedFolder(path, manifest, read_codec(path), ConversationReader(path, "train"), seed)
+    return ConvertedFolder(path, manifest, codec_of(path, manifest), ConversationReader(path, "train"), seed)
 
 
 def _refuse_strangers(path: Path, dataset: ConvertedDataset) -> None:
@@ -110,14 +110,16 @@ def dataset_page(
 ) -> DatasetPage:
     """The page of one dataset; so many of its episodes are shown, each in its room of the page.
 
-    Raises: UserError for a sample or a frame that cannot be read.
+    A sample or a frame that cannot be read is not raised: it is listed.
     """
     card, codec = folder.card(dataset), folder.codec
-    read, bins = _read(folder, dataset, episodes)
+    damage = dict[str, None]()  # a line for each, in order
+    read, bins = _read(folder, dataset, episodes, damage)
     names, stats = dimension_names(card, codec.action_dim), codec.datasets[dataset.name]
     dimensions = _dimensions((read, bins), folder, dataset, names) if read else ()
     motion = motion_of(None if card is None else card.with_recipe(dataset.recipe), codec.action_dim)
     samples = dataset.steps.written + dataset.steps.held_out
+    lengths = [len(one.steps) for one in read]
     return DatasetPage(
         name=dataset.name,
         robot="" if card is None else card.robot,
@@ -130,34 +132,44 @@ def dataset_page(
         f"the clipped share is of all {samples:,} samples. A movement outside the quantiles now stands at "
         "them, a gripper outside 0 and 1 at these: bins cannot say it.",
         grippers=() if stats.mask[-1] else tuple((one.id, one.actions[:, -1]) for one in read[:MOST_STRIPES]),
-        lengths=length_histogram([len(one.steps) for one in read]),
-        length_words=f"Samples of {count(len(read), 'training episode')}.",
+        lengths=length_histogram(lengths),
+        length_words=f"Samples of {count(len(read), 'training episode')}{shortest_to_longest(lengths)}.",
         told=Told(
             dataset.instructions.distinct,
             tuple(dataset.instructions.most_repeated.items()),
             dataset.episodes.written + dataset.episodes.held_out,
             is_exact=True,
         ),
-        strips=tuple(strip(one, motion, room) for one in read[:episodes]),
+        strips=tuple(strips_of(read[:episodes], motion, room, damage)),
         motion=motion,
         reach=reach(read, motion),
         facts=None if card is None else card_facts(card, dataset.recipe),
         problems=tuple(_problems(dataset, names)),
+        damage=tuple(damage),
     )
 
 
-def _read(folder: ConvertedFolder, dataset: ConvertedDataset, least: int) -> tuple[list[Recorded], Bins]:
+def _read(
+    folder: ConvertedFolder, dataset: ConvertedDataset, least: int, damage: dict[str, None]
+) -> tuple[list[Recorded], Bins]:
     """The episodes that are read, and the bins of all of them, [N, A]: made of robot units anew, not each
     would be itself.
     """
     read, bins = list[Recorded](), [np.zeros((0, folder.codec.action_dim), np.int64)]
-    for samples in drawn_episodes(folder.reader, folder.reader.ranges[dataset.name], folder.seed):
-        num_steps = sum(len(one.steps) for one in read)
-        if len(read) >= least and (len(read) >= MOST_EPISODES or num_steps >= MOST_STEPS):
-            break
-        one, own = recorded(folder.codec, dataset.name, [folder.reader[index] for index in samples])
-        read.append(one)
-        bins.append(own)
+    try:
+        for samples in drawn_episodes(folder.reader, folder.reader.ranges[dataset.name], folder.seed):
+            num_steps = sum(len(one.steps) for one in read)
+            if len(read) >= least and (len(read) >= MOST_EPISODES or num_steps >= MOST_STEPS):
+                break
+            try:
+                one, own = recorded(folder.codec, dataset.name, [folder.reader[index] for index in samples])
+            except UserError as error:
+                damage[str(error)] = None
+                continue
+            read.append(one)
+            bins.append(own)
+    except UserError as error:  # where the next episode begins cannot be read
+        damage[str(error)] = None
     return read, np.concatenate(bins)
 
 

@@ -43,7 +43,7 @@ class Report:
 
 def write_page(report: Report, file: Path) -> int:
     """Write the page; returns its bytes."""
-    page = render(report).encode()
+    page = render(report).encode(errors="replace")  # half a surrogate pair is no text
     with atomic_write(file) as stream:
         stream.write(page)
     return len(page)

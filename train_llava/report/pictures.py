@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,6 +40,17 @@ def room_of(datasets: int, episodes: int) -> Room:
         )
     shown = max(1, datasets * episodes)
     return Room(_ALL_FRAMES // shown, _ALL_STEPS // shown)
+
+
+def strips_of(
+    episodes: Sequence[Recorded], motion: Motion, room: Room, damage: dict[str, None]
+) -> Iterator[Strip]:
+    """Each as it is shown; of one with a frame that cannot be read or decoded, a line in `damage`."""
+    for one in episodes:
+        try:
+            yield strip(one, motion, room)
+        except UserError as error:
+            damage[str(error)] = None
 
 
 def strip(episode: Recorded, motion: Motion, room: Room) -> Strip:

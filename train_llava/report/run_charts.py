@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from train_llava.curves import smoothed
-from train_llava.report.figures import thin
+from train_llava.report.figures import telling
 from train_llava.report.run_values import Chart, Curve, Look
 from train_llava.report.values import Floats
 
@@ -97,7 +97,7 @@ def _column(lines: Lines, value: Callable[[dict[str, Any]], Any]) -> Floats:
 
 
 def _chart(title: str, unit: str, xs: Floats, curves: tuple[tuple[str, Look, Floats], ...]) -> Chart:
-    kept = thin(len(xs), _MOST_POINTS)
+    kept = telling([ys for _, _, ys in curves], _MOST_POINTS)
     high = max(float(ys[np.isfinite(ys)].max()) for _, _, ys in curves)
     return Chart(
         title=title,

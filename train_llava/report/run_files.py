@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from convert.action_codec import CODEC_FILE
 from oxe_mix.errors import UserError
@@ -18,9 +18,21 @@ _LEAST = {"model", "mean_action"}  # policies that every evaluation scores
 
 
 class _Hits(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     exact: float | None
     within_1: float | None
     within_5: float | None
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> _Hits:
+        if len({share is None for share in (self.exact, self.within_1, self.within_5)}) > 1:
+            raise ValueError("some shares are null and some are not")
+        return self
+
+
+class _Gripper(BaseModel):
+    closed: float | None
+    open: float | None
 
 
 class _Scores(BaseModel):
@@ -38,6 +50,7 @@ class _Scores(BaseModel):
 
 
 class _DatasetScores(_Scores):
+    gripper_f1: dict[str, _Gripper | None]
     moving: list[int]
     l1_robot_units: dict[str, list[float]]
 
@@ -49,6 +62,7 @@ class _DatasetScores(_Scores):
 
 
 class _Evaluation(_Scores):
+    gripper_f1: dict[str, float | None]
     datasets: dict[str, _DatasetScores]
     loss: dict[str, float] | None = None
 

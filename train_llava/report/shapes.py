@@ -51,7 +51,9 @@ def steps(values: Floats) -> str:
         return ""
     width = WIDTH / len(values)
     levels = HEIGHT - np.clip(values, 0, 1) * (HEIGHT - 4) - 2
-    return f"M0 {_n(levels[0])}" + "".join(f"V{_n(level)}h{_n(width)}" for level in levels)
+    # To a place, not by a width: rounded ones would add up to another end.
+    parts = (f"V{_n(level)}H{_n(i * width)}" for i, level in enumerate(levels, 1))
+    return f"M0 {_n(levels[0])}{''.join(parts)}"
 
 
 def across(value: float, histogram: Histogram) -> str:
