@@ -116,6 +116,7 @@ def collect_actions(job: ShardJob, scratch: Path) -> None:
     for number, values in _episodes(job, job.mods.filters, partial(_rows, job), bad):
         if values is not None and not (job.rules.statistics == "train" and job.holds_out(number)):
             rows.append(values)
+    report.unlink(missing_ok=True)  # killed here, no note of other columns may stand beside these
     with atomic_write(columns, flush=False) as stream:
         np.save(stream, np.ascontiguousarray(np.concatenate(rows[1:] or rows).T))
     write_json(report, Collected(mark=mark, num_trajectories=len(rows) - 1).model_dump(mode="json"))

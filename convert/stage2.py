@@ -11,6 +11,7 @@ from pathlib import Path
 
 from convert.estimate import estimate, tell
 from convert.finish import Run, finish_conversion
+from convert.llava import CONVERSATIONS
 from convert.manifest import MANIFEST_FILE
 from convert.options import ConvertOptions
 from convert.plan import find_datasets, missing_inputs, open_folders, shard_jobs
@@ -124,8 +125,8 @@ def _refuse_other_folder(out: Path) -> None:
     """
     if (out / LOCK_FILE).exists():
         raise UserError(f"{out}: holds a download; choose another --out")
-    if not out.is_dir() or (out / BUSY_FILE).exists():
+    if not out.is_dir() or any((out / name).exists() for name in (_PARTIAL, CONVERSATIONS, MANIFEST_FILE)):
         return
-    strange = next(out.iterdir(), None)
+    strange = next((file for file in out.iterdir() if file.name != BUSY_FILE), None)
     if strange is not None:
         raise UserError(f"{out}: holds other things ({strange.name}); choose another --out")

@@ -79,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, what: str) -> Any:
     """Read a JSON file; a missing or broken one is the user's error, named as `what`."""
-    return _parse_json(_read(path, what), str(path), what)
+    return parse_json(_read(path, what), str(path), what)
 
 
 def read_model(kind: type[Model], file: Path, what: str) -> Model:
@@ -90,7 +90,7 @@ def read_model(kind: type[Model], file: Path, what: str) -> Model:
 def parse_model(kind: type[Model], text: bytes, where: str, what: str) -> Model:
     """The same for a file that was read already and that messages call `where`."""
     try:
-        return kind.model_validate(_parse_json(text, where, what))
+        return kind.model_validate(parse_json(text, where, what))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
@@ -114,7 +114,8 @@ def _read(path: Path, what: str) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror}); expected {what}") from error
 
 
-def _parse_json(text: bytes, where: str, what: str) -> Any:
+def parse_json(text: bytes, where: str, what: str) -> Any:
+    """The same for JSON of any form."""
     try:
         return json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

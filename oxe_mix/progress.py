@@ -10,10 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from oxe_mix.errors import UserError
 from oxe_mix.text import count, size
 
 PLAIN_INTERVAL_S = 2.0
@@ -45,10 +46,18 @@ class Goal:
 @contextmanager
 def progress(goal: Goal, sample: Callable[[], Sample], style: Style = "auto") -> Iterator[None]:
     """While the block runs, tell how far it is; `sample` is called from a thread."""
-    stop = threading.Event()
+    stop, last = threading.Event(), Sample(0)
+
+    def kept() -> Sample:
+        """A look that fails, say at a bucket that is busy, must not end the watch."""
+        nonlocal last
+        with suppress(UserError, OSError):
+            last = sample()
+        return last
+
     live = style == "auto" and sys.stderr.isatty()
     watch = _watch_live if live else _watch_json if style == "json" else _watch_plain
-    thread = threading.Thread(target=watch, args=(goal, sample, stop), daemon=True)
+    thread = threading.Thread(target=watch, args=(goal, kept, stop), daemon=True)
     thread.start()
     try:
         yield

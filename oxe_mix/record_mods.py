@@ -10,6 +10,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from oxe_mix.errors import UserError
 from oxe_mix.images import FrameChange, reencode, shrunk
 from oxe_mix.mods import FLIPS, FlipChannels, Mod, Resize
@@ -48,7 +50,10 @@ class RecordMods:
 
         Raises: ValueError for a record without what a mod needs.
         """
-        example = Example.FromString(payload)
+        try:
+            example = Example.FromString(payload)
+        except DecodeError as error:
+            raise ValueError("not a tf.train.Example") from error
         features = example.features.feature
         if self.success_column is not None:
             if self.success_column not in features:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import TextIO
+
+_outlives = threading.Event()
 
 _RED, _YELLOW = 31, 33
 
@@ -61,7 +64,21 @@ def warn(text: str) -> None:
 
 def _print_whole(text: str, stream: TextIO) -> None:
     """The line and its end in one write: another thread's line must not come between them."""
-    print(f"{text}\n", end="", file=stream, flush=True)
+    try:
+        print(f"{text}\n", end="", file=stream, flush=True)
+    except BrokenPipeError:
+        if not _outlives.is_set():
+            raise
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
+def outlive_the_reader() -> None:
+    """From here on what nobody reads any more is lost, and ends nothing: a training saves, though the line
+    to who started it is cut.
+    """
+    _outlives.set()
 
 
 def painted(word: str, colour: int, stream: TextIO) -> str:

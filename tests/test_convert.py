@@ -369,6 +369,15 @@ def test_a_folder_with_other_things_is_left_alone(data: Path, tmp_path: Path, na
     assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / name]
 
 
+def test_a_run_is_left_alone(data: Path, tmp_path: Path) -> None:
+    """Its launcher leaves the same mark of who was busy there as convert does."""
+    names = (".oxe-mix.busy", "action_codec.json", "config.json")
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    assert "holds other things" in convert(data, tmp_path, code=2)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(names, "{}")
+
+
 def test_a_download_is_not_converted_into_itself(data: Path) -> None:
     before = content_of(data)
     assert "holds a download" in convert(data, data, code=2)

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,8 +15,12 @@ from PIL import Image
 from convert import action_codec as codec
 from convert.action_codec import read_codec
 from convert.manifest import read_manifest
+from convert.options import ConvertOptions
+from convert.plan import find_datasets, open_folders, shard_jobs
 from convert.prompt import Asking
 from convert.reader import ConversationReader
+from convert.shards import collect_actions
+from oxe_mix.cards import load_cards
 from oxe_mix.rlds import Episode, parse_features
 from oxe_mix.tfrecord import read_records
 from tests.conftest import OXE_MIX, run
@@ -122,6 +127,28 @@ def test_statistics_of_train_leave_held_out_episodes_out(bucket: Path, tmp_path:
     # The first record of the first shard is held out.
     assert (everything.max[0], everything.num_transitions, everything.num_trajectories) == (9, 12, 4)
     assert (train.max[0], train.num_transitions, train.num_trajectories) == (2, 9, 3)
+
+
+def test_statistics_of_which_the_kill_left_half_are_read_again(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed with the columns of one run in place of another's: the other's note is no proof of them."""
+    records = [viola_episode(["Go"] * 3, moves=[9.0, 9, 9]), viola_episode(["Go"] * 3)]
+    folders = open_folders((viola_folder(tmp_path / "data", bucket, records),))
+    (own,) = find_datasets(folders, None, load_cards(), (), Asking())
+
+    def collected(statistics: str) -> int:
+        (job, *_) = shard_jobs(own, tmp_path / "out", ConvertOptions(statistics=statistics).rules, 0, 1e-9)
+        collect_actions(job, tmp_path)
+        return int(np.load(tmp_path / f"{job.stem}.actions.npy").shape[1])
+
+    everything = collected("all")
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.shards.write_json", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            collected("train")
+    assert collected("all") == everything
+    assert collected("train") < everything
 
 
 def test_two_folders_are_converted_together_without_any_bucket(

@@ -289,6 +289,10 @@ def test_what_cannot_be_is_refused_before_a_process_is_started(place: Place) -> 
         ("--node-rank", "1"): "NODE_RANK is 1; of NNODES=1 machines it is 0 or more",
         ("--master", "host:port"): "MASTER=host:port: expected HOST:PORT, such as node1:29500",
         ("--llava", "no"): "no: no such folder; give one that oxe-mix convert wrote",
+        (
+            *("--llava", "no", "--nproc", "1", "--nnodes", "2", "--node-rank", "1"),
+            *("--master", "127.0.0.1:1"),
+        ): "no: no such folder; give one that oxe-mix convert wrote",
     }
     run = place.folder / "run-wrong"
     said = {words: place.train("finishes", run, *words) for words in wrong}

@@ -20,8 +20,8 @@ import pytest
 from oxe_mix.errors import UserError
 from tests.conftest import PYTHON, ROOT
 from tests.test_launch import STAND_IN, Place, ended, pid, processes, until
-from train_llava.hosts import Host, read_hostfile
-from train_llava.nodes import met
+from train_llava.hosts import Host, read_hostfile, run_on_hosts
+from train_llava.nodes import met, read_note
 from train_llava.supervise import Cluster
 
 _SSH = """#!/bin/sh
@@ -113,7 +113,10 @@ import os, pathlib, signal, sys, time
 from train_llava.supervise import stop_at_end_of_input
 name, how = sys.argv[1:]
 def stop(number, _):
-    print("told", signal.Signals(number).name, flush=True)
+    try:
+        print("told", signal.Signals(number).name, flush=True)
+    except OSError:  # the front is gone; raised where this came in between, it could be lost
+        os._exit(143)
     if how == "saves": os._exit(143)
     if how == "hangs" and number == signal.SIGINT: os._exit(130)
 signal.signal(signal.SIGTERM, stop), signal.signal(signal.SIGINT, stop)
@@ -157,6 +160,43 @@ def test_when_one_host_fails_the_others_are_ended(place: Place) -> None:
     )
 
 
+def test_without_ssh_nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no ssh on this machine"):
+        run_on_hosts({"a": ["true"]})
+
+
+_CUT_OFF = """
+import sys
+from oxe_mix.text import complain, outlive_the_reader, say
+if sys.argv[1] == "outlives": outlive_the_reader()
+sys.stdin.read()
+say("a"), say("b"), complain("c"), complain("d")
+open(sys.argv[2], "w").write("saved")
+"""
+
+
+@pytest.mark.parametrize("how", ["outlives", "ends"])
+def test_what_is_said_to_nobody_ends_no_training(how: str, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [PYTHON, "-c", _CUT_OFF, how, str(saved)], stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT
+    )
+    for stream in (process.stdout, process.stderr, process.stdin):
+        assert stream is not None
+        stream.close()
+    assert (process.wait(60) == 0) == (how == "outlives")
+    assert saved.exists() == (how == "outlives")
+
+
+def test_a_note_that_goes_between_two_looks_is_no_note(tmp_path: Path) -> None:
+    assert read_note(tmp_path / "answer.json") == {}
+    (tmp_path / "answer.json").write_text("{")
+    with pytest.raises(UserError, match=r"answer\.json: not valid JSON"):
+        read_note(tmp_path / "answer.json")
+
+
 def test_ctrl_c_is_told_to_all_hosts_and_so_is_the_end_of_the_front(place: Place) -> None:
     stopped, twice, killed = (_front(place, a=how, b=how) for how in ("saves", "hangs", "saves"))
     for front in (stopped, twice, killed):
@@ -170,13 +210,13 @@ def test_ctrl_c_is_told_to_all_hosts_and_so_is_the_end_of_the_front(place: Place
     assert {twice.stdout.readline(), twice.stdout.readline()} == {"told SIGTERM\n", "b: told SIGTERM\n"}
     os.killpg(twice.pid, signal.SIGINT)
     assert sorted(ended(twice, 130)[0].splitlines()) == ["b: told SIGINT", "told SIGINT"]
-    until(lambda: not processes(place.folder / "on_host.py"), 10)
+    until(lambda: not processes(place.folder / "on_host.py"))
 
 
 def test_machines_that_do_not_run_the_same_or_do_not_meet_are_refused(tmp_path: Path) -> None:
     said: dict[int, str] = {}
 
-    def one(node: int, facts: dict[str, str], patience_s: float = 10) -> None:
+    def one(node: int, facts: dict[str, str], patience_s: float = 60) -> None:
         try:
             with met(tmp_path, Cluster(1, 2, node, ("here", 1)), facts, patience_s):
                 said[node] = "met"

@@ -343,6 +343,8 @@ ASKED = {"from": "human", "value": "<image>\nWhat?"}
         (_with(conversations=[TURNS[0], {"from": "gpt", "value": None}]), "not a text of human"),
         (_with(conversations=[TURNS[0], {"from": "gpt"}]), "KeyError: 'content'"),
         (lambda: {"id": 3}, "KeyError: 'conversations'"),
+        (_with(conversations=[TURNS[0], {"from": "gpt", "value": "\ud83d"}]), "surrogates not allowed"),
+        (_with(image="\ud83d.jpg", conversations=[ASKED, TURNS[1]]), "surrogates not allowed"),
     ],
 )
 def test_a_sample_that_cannot_be_trained_on_is_named(

@@ -7,12 +7,14 @@ import os
 import pty
 import re
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from oxe_mix.progress import Goal, Pace, Sample
+from oxe_mix.errors import UserError
+from oxe_mix.progress import Goal, Pace, Sample, progress
 from tests.conftest import OXE_MIX
 from tests.loopback import FaultProxy, fault_at, web_server
 from tests.test_download import _mix
@@ -45,7 +47,7 @@ def test_where_nobody_looks_it_is_a_line_every_two_seconds(slow: str, tmp_path: 
     assert lines
     assert all(line.startswith("download: ") for line in lines)
     assert any(NUMBERS.match(line) for line in lines)
-    assert "retried" in lines[-1]
+    assert any("retried" in line for line in lines)
     assert "\r" not in done.stderr
     assert "\x1b" not in done.stderr
 
@@ -87,6 +89,26 @@ def test_people_get_a_bar_that_leaves_no_trace(slow: str, tmp_path: Path) -> Non
     assert "━" in text
     assert re.search(r"of 9 shards, [\d.]+ [kM]?B of about 3\.\d MB, [\d.]+ [kM]?B/s", text)
     assert "result:" in out
+
+
+def test_a_look_that_fails_does_not_end_the_watch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("oxe_mix.progress.PLAIN_INTERVAL_S", 0.01)
+    looks, enough = list[int](), threading.Event()
+
+    def sample() -> Sample:
+        looks.append(len(looks))
+        if looks[-1] == 9:
+            enough.set()
+        if looks[-1] % 2:
+            raise UserError("the bucket is busy")
+        return Sample(looks[-1])
+
+    with progress(Goal("download", "shard", 100), sample):
+        assert enough.wait(60)
+    said = re.findall(r"download: (\d+) of 100", capsys.readouterr().err)
+    assert said[:9] == ["0", "0", "2", "2", "4", "4", "6", "6", "8"]
 
 
 def test_the_pace_is_that_of_the_last_seconds() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oxe_mix.record_mods import RecordMods
 from oxe_mix.tf_example import Example
 from tests.conftest import PYTHON, run
 
@@ -30,6 +32,11 @@ def test_it_is_the_same_message(columns: dict[str, tuple[str, list[object]]]) ->
     payload = theirs.SerializeToString(deterministic=True)
     assert own.SerializeToString(deterministic=True) == payload
     assert Example.FromString(payload) == own
+
+
+def test_bytes_that_are_none_are_told_as_other_damage_is() -> None:
+    with pytest.raises(ValueError, match=r"^not a tf\.train\.Example$"):
+        RecordMods("success").apply(b"\xff\xff\xff")
 
 
 def test_what_runs_in_threads_does_not_import_tfds() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,8 +97,12 @@ def run_on_hosts(commands: dict[str, list[str]], grace_s: float = _GRACE_S) -> i
             alone; and `now` for SIGINT.
         grace_s: from a failure of one until the others are told `now`, and again until they are cut off.
 
-    Returns: the exit code.
+    Returns: the exit code. Raises: UserError where there is no ssh.
     """
+    if shutil.which("ssh") is None:
+        raise UserError(
+            "there is no ssh on this machine; install an ssh client, or start each host with NODE_RANK"
+        )
     return _Started(commands).stay(grace_s)
 
 

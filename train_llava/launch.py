@@ -14,7 +14,7 @@ from pathlib import Path
 from convert.manifest import MANIFEST_FILE, read_manifest
 from oxe_mix.errors import UserError
 from oxe_mix.files import folder_lock, read_json
-from oxe_mix.text import complain, count, say
+from oxe_mix.text import complain, count, outlive_the_reader, say
 from train_llava.batch import num_steps, plan_batch
 from train_llava.checkpoints import Checkpoints, read_about
 from train_llava.config import (
@@ -101,6 +101,8 @@ def _check(asked: Launch, config: RunConfig) -> None:
         raise UserError(
             f"NPROC is {cluster.num_local}, but {count(gpus, 'GPU')} can be seen here; one rank takes one"
         )
+    if cluster.num_nodes > 1:
+        read_manifest(asked.llava)  # what is missing on this machine would be waited for by the others
     if _is_finished(asked.run):
         raise UserError(
             f"{asked.run}: holds a trained model already; delete it or name another folder with RUN="
@@ -224,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(program: str = _PROGRAM) -> None:
     """The command line behind `make train`."""
     args = _parser().parse_args()
+    outlive_the_reader()
     try:
         if args.stop_at_end_of_input:
             stop_at_end_of_input()

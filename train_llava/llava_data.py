@@ -123,7 +123,7 @@ class LlavaData:
         line = samples.read(number)
         try:
             return _conversation(json.loads(line), self._images, f"{samples.file.stem}/{number}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise UserError(f"{samples.file}: sample {number + 1}: not usable: {what}") from error
 
@@ -145,6 +145,7 @@ def _turns(sample: dict[str, Any], num_images: int) -> tuple[tuple[Role, str], .
         text = turn["value"] if "value" in turn else turn["content"]
         if role not in _ROLES or not isinstance(text, str):
             raise ValueError(f"a turn is not a text of {', '.join(_ROLES)} but {text!r:.60} of {role!r:.60}")
+        text.encode()  # half a surrogate pair is no text
         turns.append((_ROLES[role], text))
     if turns and turns[0][0] == "gpt":
         del turns[0]  # an answer without a question, which LLaVA-NeXT leaves out as well
@@ -170,6 +171,7 @@ def _images(sample: dict[str, Any], folder: str | None) -> tuple[Frame, ...]:
         raise ValueError("it has images, and no folder of images was given")
     paths = [os.path.normpath(os.path.join(folder, name)) for name in names]
     for name, path in zip(names, paths, strict=True):
+        path.encode()
         if not path.startswith(os.path.join(folder, "")) or "\0" in path:
             raise ValueError(f"the image {name!r} lies outside {folder}")
     return tuple(Frame(Path(path)) for path in paths)

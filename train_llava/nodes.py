@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from oxe_mix.errors import UserError
-from oxe_mix.files import read_json, write_json
+from oxe_mix.files import parse_json, write_json
 from oxe_mix.text import say
 from train_llava.supervise import Cluster
 
@@ -71,13 +71,15 @@ def met(
 def _lead(folder: Path, cluster: Cluster, facts: dict[str, str], patience_s: float) -> None:
     files = {node: _file(folder, node) for node in range(1, cluster.num_nodes)}
 
+    notes: dict[int, dict[str, Any]] = {}
+
     def missing() -> list[int]:
-        return [node for node, file in files.items() if not file.exists()]
+        notes.update({node: note for node, file in files.items() if (note := read_note(file))})
+        return [node for node in files if node not in notes]
 
     if not wait_for(lambda: not missing(), f"waiting for the other machines in {folder.parent}", patience_s):
         nodes = ", ".join(map(str, missing()))
         raise UserError(f"{folder.parent}: no sign of NODE_RANK={nodes} in {patience_s:g} s; {_WHAT_TO_DO}")
-    notes = {node: read_json(file, "a machine's note") for node, file in files.items()}
     problem = "; ".join(
         f"{name} is {note['facts'].get(name)} on NODE_RANK={node}, but {value} on NODE_RANK=0"
         for node, note in notes.items()
@@ -98,8 +100,7 @@ def _follow(folder: Path, cluster: Cluster, facts: dict[str, str], patience_s: f
     def answered() -> bool:
         if not _file(folder, cluster.node).exists():  # node 0 starts with an empty folder
             write_json(_file(folder, cluster.node), {"token": token, "facts": facts})
-        if (folder / _ANSWER).exists():
-            answer.update(read_json(folder / _ANSWER, "node 0's answer"))
+        answer.update(read_note(folder / _ANSWER))
         return token in answer.get("tokens", ())
 
     _file(folder, cluster.node).unlink(missing_ok=True)
@@ -107,6 +108,16 @@ def _follow(folder: Path, cluster: Cluster, facts: dict[str, str], patience_s: f
         raise UserError(f"{folder.parent}: no sign of NODE_RANK=0 in {patience_s:g} s; {_WHAT_TO_DO}")
     if answer["problem"]:
         raise UserError(answer["problem"])
+
+
+def read_note(file: Path) -> dict[str, Any]:
+    """A note; empty while there is none. It may go between two looks: node 0 clears the folder."""
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        return {}
+    note: dict[str, Any] = parse_json(text, str(file), "a machine's note")
+    return note
 
 
 def _file(folder: Path, node: int) -> Path:

@@ -98,9 +98,9 @@ class _Stopping:
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.asked is None:
             self.asked = signal.Signals(number)
-            say(f"stopping: saving first, for {stop_seconds()} s at most; another Ctrl-C ends at once")
             if self._agent is not None:
                 self._agent.terminate()
+            say(f"stopping: saving first, for {stop_seconds()} s at most; another Ctrl-C ends at once")
         elif number == signal.SIGINT and self._agent is not None:
             for process in (*_descendants(self._agent.pid), self._agent.pid):
                 _kill(process)

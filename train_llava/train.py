@@ -21,7 +21,7 @@ from transformers import PrinterCallback
 from convert.reader import ConversationReader
 from oxe_mix.errors import UserError
 from oxe_mix.files import write_json
-from oxe_mix.text import count, duration
+from oxe_mix.text import count, duration, outlive_the_reader
 from train_llava import ranks
 from train_llava.action_tokens import prove_action_tokens
 from train_llava.checkpoints import RESUME, Checkpoints, read_about
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--overfit-batch", action="store_true")
     parser.add_argument("--weights-only", action="store_true")
     args = parser.parse_args()
+    outlive_the_reader()
     options = Options(
         args.config, args.llava, args.into, args.check_only, args.overfit_batch, args.weights_only
     )
