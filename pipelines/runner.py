@@ -8,8 +8,11 @@ import os
 import shlex
 import sys
 import tempfile
+import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import apache_beam as beam
@@ -24,6 +27,7 @@ from pipelines.worker import COMMAND_PID
 
 _BYTES_PER_WORKER = 256 << 20
 _LONGEST_JOB_S = 30 * 24 * 3600
+_INTERRUPT_S = 3.0  # what a busy machine may need until Ctrl-C is heard
 
 
 def run_and_collect(
@@ -42,9 +46,34 @@ def run_and_collect(
     # Beam tells every change of its workers' state at INFO and WARNING; what matters comes as an exception.
     logging.getLogger("apache_beam").setLevel(logging.ERROR)
     if engine.runner == LOCAL:
-        with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder:
+        with tempfile.TemporaryDirectory(prefix="oxe-mix-") as folder, _complaints_wait():
             return _run(build, _pipeline(engine, workers), folder)
     return _run(build, _pipeline(engine, workers), shared)
+
+
+@contextmanager
+def _complaints_wait() -> Iterator[None]:
+    """Ctrl-C ends the workers and this process; Beam's threads, which see the workers go, may be the quicker
+    ones. What they say of it waits until it is sure that there was no Ctrl-C.
+    """
+    usual = threading.excepthook
+
+    def later(problem: threading.ExceptHookArgs) -> None:
+        time.sleep(_INTERRUPT_S)
+        usual(problem)
+
+    def waited(_: logging.LogRecord) -> bool:
+        time.sleep(_INTERRUPT_S)
+        return True
+
+    reader = logging.getLogger("apache_beam.runners.worker.data_plane")
+    threading.excepthook = later
+    reader.addFilter(waited)
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
+        reader.removeFilter(waited)
 
 
 def check_engine(engine: Engine) -> None:

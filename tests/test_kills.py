@@ -21,7 +21,7 @@ from oxe_mix.plan import plan_download
 from oxe_mix.schedule import schedule
 from oxe_mix.source_file import Patience
 from oxe_mix.target import open_target
-from tests.conftest import OXE_MIX, ROOT
+from tests.conftest import OXE_MIX, PYTHON, ROOT
 from tests.loopback import FaultProxy, fault_at, web_server
 from tests.test_download import _content, _download, _mix
 
@@ -107,13 +107,25 @@ def test_the_whole_command_killed_at_seeded_moments_ends_with_the_same_bytes(
     assert _content(out) == _content(whole)
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+# A machine so busy that the workers have ended, and Beam has seen it, before the command hears of Ctrl-C.
+_HEARS_LATE = """
+import time, oxe_mix.run_app
+usual = oxe_mix.run_app.end_at_once
+oxe_mix.run_app.end_at_once = lambda *about: (time.sleep(0.7), usual(*about))
+from oxe_mix.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "workers"), [((OXE_MIX,), "1"), ((OXE_MIX,), "2"), ((PYTHON, "-c", _HEARS_LATE), "2")]
+)
 def test_ctrl_c_ends_it_at_once_with_one_line_and_the_next_run_goes_on(
-    bucket: Path, tmp_path: Path, workers: str
+    bucket: Path, tmp_path: Path, start: tuple[str | Path, ...], workers: str
 ) -> None:
     mix, out = _mix(tmp_path, viola=0.3, bridge=1.0), tmp_path / "data"
-    with web_server(bucket) as endpoint, FaultProxy(endpoint, bytes_per_s=0.2e6) as proxy:
-        command = [OXE_MIX, "download", "--mix", mix, "--source", proxy.endpoint, "--out", out]
+    with web_server(bucket) as endpoint, FaultProxy(endpoint, bytes_per_s=0.1e6) as proxy:
+        command = [*start, "download", "--mix", mix, "--source", proxy.endpoint, "--out", out]
         process = subprocess.Popen(
             [*map(str, command), "--workers", workers],
             stdout=subprocess.DEVNULL,

@@ -28,7 +28,7 @@ STAND_IN = "tests.stand_in_rank"
 
 def ended(process: subprocess.Popen[str], code: int) -> tuple[str, str]:
     """What it said, when it ended as expected."""
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit {process.returncode}\n{out}\n{err}"
     return out, err
 

@@ -137,7 +137,7 @@ def _front(place: Place, **ways: str) -> subprocess.Popen[str]:
     if not script.exists():  # a host of the front before may be about to read it
         script.write_text(_ON_HOST)
     commands = {host: [PYTHON, str(script), host, how] for host, how in ways.items()}
-    code = f"from train_llava.hosts import run_on_hosts; exit(run_on_hosts({commands!r}, grace_s=3))"
+    code = f"from train_llava.hosts import run_on_hosts; exit(run_on_hosts({commands!r}, grace_s=8))"
     return place.start([PYTHON, "-c", code], PATH=f"{place.folder / 'bin'}:{os.environ['PATH']}")
 
 

@@ -91,7 +91,7 @@ def test_its_parts_are_shown_by_click_by_key_and_by_address(chromium: Browser, p
     _press(chromium, Keys.HOME)
     assert chromium.run(_SHOWN) == ["panel-overview"]
     chromium.driver.find_element(By.LINK_TEXT, "viola").click()
-    WebDriverWait(chromium.driver, 5).until(lambda _: chromium.run(_SHOWN) == ["panel-0"])
+    WebDriverWait(chromium.driver, 60).until(lambda _: chromium.run(_SHOWN) == ["panel-0"])
     chromium.open(page, "no-such-part%")
     assert chromium.run(_SHOWN) == ["panel-overview"]
 
@@ -195,7 +195,7 @@ def test_play_goes_to_the_end_and_stops(chromium: Browser, page: Path) -> None:
     _press(chromium, Keys.SPACE)
     button = chromium.driver.find_element(By.ID, "view-play")
     assert button.text == "Pause"
-    WebDriverWait(chromium.driver, 10).until(lambda _: button.text == "Play")
+    WebDriverWait(chromium.driver, 60).until(lambda _: button.text == "Play")
     assert chromium.driver.find_element(By.ID, "view-caption").text == "step 5 (6 of 6)"
 
 

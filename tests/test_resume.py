@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,11 @@ def _kill_at(command: list[str], step: int) -> None:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith(f"step {step}/"):
-                for pid in reversed(_descendants(process.pid)):
-                    os.kill(pid, signal.SIGKILL)
+                # Stopped first: a launcher that saw its ranks die would end in its own way.
+                for number in (signal.SIGSTOP, signal.SIGKILL):
+                    for pid in _descendants(process.pid):
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, number)
                 break
     assert process.returncode == -signal.SIGKILL
 
